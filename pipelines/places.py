@@ -1,0 +1,33 @@
+"""Where things are: read from the environment, with defaults that work on one machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def var() -> Path:
+    """All run-time state (``BALLAST_VAR``, default ``var/`` beside params.yaml)."""
+    return Path(os.environ.get("BALLAST_VAR") or ROOT / "var").resolve()
+
+
+def landing() -> Path:
+    """The landing store: partitions as they came, by content (``BALLAST_LANDING``)."""
+    return Path(os.environ.get("BALLAST_LANDING") or var() / "landing").resolve()
+
+
+def state_uri() -> str:
+    """The state store (``BALLAST_STATE_URI``, an SQLAlchemy URL)."""
+    return os.environ.get("BALLAST_STATE_URI") or f"sqlite:///{var() / 'state.db'}"
+
+
+def tracking_uri() -> str:
+    """The MLflow server (``MLFLOW_TRACKING_URI``), else its SQLite file under var/."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var() / 'mlflow' / 'mlflow.db'}"
+
+
+def mlflow_artifacts() -> Path:
+    """Where MLflow keeps artifacts when this machine is all there is."""
+    return var() / "mlflow" / "artifacts"
