@@ -38,9 +38,10 @@ def load(path: Path, section: str, cls: type[Section]) -> Section:
 def as_of(path: Path) -> date:
     """The as-of date of the run: nothing on or after its midnight (UTC) may be seen."""
     value = _read(path).get("as_of")
-    if type(value) is not date:
-        raise ParamsError(f"{path}: `as_of` must be a date such as 2013-04-01 (found {value!r}).")
-    return value
+    try:
+        return date.fromisoformat(value)
+    except (TypeError, ValueError):
+        raise ParamsError(f'{path}: `as_of` must be a quoted date such as "2013-04-01" (found {value!r}).') from None
 
 
 def _read(path: Path) -> dict[str, Any]:

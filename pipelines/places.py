@@ -13,6 +13,11 @@ def var() -> Path:
     return Path(os.environ.get("BALLAST_VAR") or ROOT / "var").resolve()
 
 
+def source() -> Path:
+    """Where relative globs of the ``files`` source start (``BALLAST_SOURCE``, default: the working directory)."""
+    return Path(os.environ.get("BALLAST_SOURCE") or "")
+
+
 def landing() -> Path:
     """The landing store: partitions as they came, by content (``BALLAST_LANDING``)."""
     return Path(os.environ.get("BALLAST_LANDING") or var() / "landing").resolve()

@@ -1,0 +1,36 @@
+"""
+### Retrain on a schedule
+
+Brings the data in, judges it, trains the candidates, measures the better one, registers it, and decides whether it
+may take the champion's place. A challenger that may goes to `promote`, by the event `challenger_ready`.
+
+**Runs** monthly, as of the end of its data interval, so it can be backfilled. It ships paused: the example's clock
+stands in 2013, and a run of this month would find no flights. `end_date` keeps an unpaused one from being scheduled
+past the example's year; with data of your own, delete that line and unpause.
+
+**When it is red**: `validate` red: the data was rejected, its log says by which expectation; mend the source and clear
+the task. Any other task: the last lines of its log name the cause and the remedy; clear the task, finished steps are
+cached. A refused challenger is no failure: see the record that `decide` links to.
+"""
+
+from datetime import datetime
+
+from airflow.sdk import DAG, CronDataIntervalTimetable
+
+from ballast_chain import AS_OF, DEFAULT_ARGS, REASON, retrain
+
+with DAG(
+    "retrain_scheduled",
+    description="Retrain every month; promote what beats the champion",
+    schedule=CronDataIntervalTimetable("0 0 1 * *", timezone="UTC"),
+    start_date=datetime(2013, 1, 1),
+    end_date=datetime(2014, 1, 1),
+    catchup=False,
+    is_paused_upon_creation=True,
+    max_active_runs=1,
+    params={"as_of": AS_OF, "reason": REASON},
+    default_args=DEFAULT_ARGS,
+    tags=["ballast", "retrain"],
+    doc_md=__doc__,
+):
+    retrain()

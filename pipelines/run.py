@@ -1,0 +1,196 @@
+"""The one way to run a step, whatever runs it: ask the run cache, else run its command, then record.
+
+``python -m pipelines.run STEP --dag-id D --run-id R`` works in the run's workspace, streams the step's output, keeps
+its exit code, and prints as its last line ``ballast-result`` and the step's result as JSON. Plain ``dvc repro`` would
+turn every exit code into 255 and, on SIGTERM, die and leave the stage running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import BallastError, TryAgain, exit_with
+from pipelines.files import read_json
+from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
+from pipelines.workspace import Workspace, ensure, note_step, owned
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
+
+STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
+STEPS = ("register", "decide", "promote", "rollback", "score", "drift", "policy")
+RESULT = "ballast-result "
+# Airflow kills a task 5 s after SIGTERM; the step has less, so that its checkpoint and our exit fit in.
+TERM_GRACE_S = 4.0
+
+
+def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
+    """Run one step in its workspace; return its result with ``cached``, ``seconds``, ``as_of`` and ``commit``."""
+    began = time.monotonic()
+    with owned(workspace) as lock:
+        if step in STAGES:
+            cached = _run_stage(step, workspace.root, env, lock)
+        else:
+            shutil.rmtree(workspace.root / "data" / step, ignore_errors=True)
+            _run_command([sys.executable, "-m", f"pipelines.{step}", *arguments], workspace.root, env, lock)
+            cached = False
+        result = read_json(workspace.root / "data" / step / "result.json")
+    seconds = round(time.monotonic() - began, 2)
+    place = {"as_of": workspace.as_of.isoformat(), "commit": workspace.commit}
+    return {**result, **place, "cached": cached, "seconds": seconds}
+
+
+def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
+    """Run a DVC stage; return whether it was cached. Afterwards its outs are in the cache and in dvc.lock."""
+    from dvc.repo import Repo
+
+    os.chdir(root)  # DVC reads the names of stages relative to it
+    _heal_lock_file(root)
+    with Repo(str(root)) as repo:
+        cached = _is_cached(repo, name)
+        if cached:
+            print(f"{name} is cached: its code, settings and data are those of an earlier run", flush=True)
+        else:
+            command = repo.stage.load_one(name=name).cmd
+            for line in command if isinstance(command, list) else [command]:
+                # bash, as it makes way for a single command: the kernel's signal at our death then reaches it
+                _run_command(["bash", "-c", line], root, env, lock)
+        _record(repo, name, root)
+    return cached
+
+
+def _is_cached(repo: Repo, name: str) -> bool:
+    """Whether the stage's outs are there, as they are or now from the run cache; if not, none are left."""
+    from dvc.stage.cache import RunCacheNotFoundError
+
+    stage = repo.stage.load_one(name=name)
+    with repo.lock:
+        if not stage.changed():
+            return True
+        stage.remove_outs(ignore_remove=False)
+        try:
+            repo.stage_cache.restore(stage)
+        except RunCacheNotFoundError:
+            return False
+    return True
+
+
+def _record(repo: Repo, name: str, root: Path) -> None:
+    """Commit the outs to the cache and dvc.lock. DVC writes dvc.lock in place: a copy guards it meanwhile."""
+    lock_file, guard = root / "dvc.lock", root / ".dvc" / "tmp" / "dvc.lock.before"
+    part = guard.with_suffix(".part")
+    part.write_bytes(lock_file.read_bytes() if lock_file.exists() else b"")
+    part.replace(guard)
+    repo.commit(name, force=True)
+    guard.unlink()
+
+
+def _heal_lock_file(root: Path) -> None:
+    """A guard left behind means that a commit was killed: what dvc.lock said before it holds."""
+    guard = root / ".dvc" / "tmp" / "dvc.lock.before"
+    if guard.exists():
+        (root / "dvc.lock").unlink(missing_ok=True)
+        guard.unlink() if not guard.stat().st_size else guard.replace(root / "dvc.lock")
+
+
+def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int) -> None:
+    """Run a command in its own process group; it dies with us, and what remains of its group dies with it.
+
+    Exits this process with the command's code if it fails, so that the code's meaning reaches whoever runs us.
+    """
+    process = subprocess.Popen(
+        command, cwd=root, env=env, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent
+    )
+    note_step(lock, process.pid)
+    signal.signal(signal.SIGTERM, lambda *_: _stop(process))
+    try:
+        code = process.wait()
+    finally:
+        _kill_group(process.pid)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(TERM_GRACE_S)
+    except subprocess.TimeoutExpired:
+        print(f"the step did not end within {TERM_GRACE_S:.0f} s of SIGTERM: killed", flush=True)
+    _kill_group(process.pid)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _kill_group(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Ask Linux for a signal when the parent ends (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal_number)
+
+
+def environment(dag_id: str, run_id: str) -> dict[str, str]:
+    """The environment of a step: where things are, by absolute path, and which run it belongs to."""
+    dropped = ("PYTHONDONTWRITEBYTECODE", "PYTHONSAFEPATH", "PYTHONPATH")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    bin_path = str(Path(sys.executable).parent)
+    return env | {
+        "PATH": f"{bin_path}:{env.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        "BALLAST_VAR": str(var()),
+        "BALLAST_SOURCE": env.get("BALLAST_SOURCE") or str(ROOT),
+        "BALLAST_LANDING": str(landing()),
+        "BALLAST_STATE_URI": state_uri(),
+        "BALLAST_DAG": dag_id,
+        "BALLAST_RUN": run_id,
+        "MLFLOW_TRACKING_URI": tracking_uri(),
+        "DVC_NO_ANALYTICS": "1",
+    }
+
+
+def _parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.run", description=__doc__)
+    parser.add_argument("step", choices=(*STAGES, *STEPS))
+    parser.add_argument("--dag-id", required=True)
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--as-of", help="a date; without one the clock is asked")
+    return parser.parse_known_args()
+
+
+def _date(text: str | None) -> date | None:
+    try:
+        return date.fromisoformat(text[:10]) if text else None
+    except ValueError:
+        raise BallastError(f"The as-of date must look like 2013-04-01 (found {text!r}).") from None
+
+
+def main() -> None:
+    """Run one step for Airflow (or for a person who wants to see what Airflow would do)."""
+    options, arguments = _parse()
+    parent = os.getppid()
+    _die_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:
+        raise TryAgain("The process that asked for this step is gone. Nothing was done.")
+    logging.getLogger("dvc").setLevel(logging.WARNING)
+    workspace = ensure(options.dag_id, options.run_id, _date(options.as_of))
+    result = run(options.step, workspace, arguments, environment(options.dag_id, options.run_id))
+    print(RESULT + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    exit_with(main)

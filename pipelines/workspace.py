@@ -1,0 +1,191 @@
+"""The run workspace: a clone of the project at a pinned commit, one per DAG run, sharing one DVC cache.
+
+Every task makes sure of its workspace itself: a worker may be another machine, and any step may have been killed.
+"""
+
+from __future__ import annotations
+
+import configparser
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from pipelines import params
+from pipelines.errors import BallastError, TryAgain
+from pipelines.files import sha256, whole_folder
+from pipelines.places import ROOT, var
+
+log = logging.getLogger(__name__)
+
+ORPHAN_GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where one DAG run works, on which commit, and as of when."""
+
+    root: Path
+    commit: str
+    as_of: date
+
+
+def name_of(run_id: str) -> str:
+    """A run id as one safe name for folders and git refs; different ids stay different."""
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", run_id).strip("-")
+    return plain if plain == run_id else f"{plain}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+
+
+def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) -> Workspace:
+    """Make the workspace of a run, or find it as it was left. The first call pins the commit and the as-of date.
+
+    Without a date, a new run takes the clock's. Raises BallastError if the project is no git repository, if the
+    commit's ``uv.lock`` is not the environment's, or if the run was begun as of another date.
+    """
+    name = f"{name_of(dag_id)}/{name_of(run_id)}"
+    commit = _pin(origin, f"refs/ballast/runs/{name}")
+    root = var() / "runs" / name
+    if not root.exists():
+        _warn_of_uncommitted(origin)
+        with whole_folder(root) as part:
+            _clone(origin, commit, part)
+            _refuse_foreign_lock(part)
+            _configure_dvc(origin, part)
+            _set_as_of(part / "params.yaml", as_of or today())
+    began = params.as_of(root / "params.yaml")
+    if as_of not in (None, began):
+        raise BallastError(
+            f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date."
+        )
+    return Workspace(root, commit, began)
+
+
+def today() -> date:
+    """The date of the clock: the example's own while it is set, else the wall clock's, UTC."""
+    from pipelines.state import State
+
+    return State().clock() or datetime.now(UTC).date()
+
+
+@contextmanager
+def owned(workspace: Workspace) -> Iterator[int]:
+    """Hold the workspace alone; yield the lock's descriptor, for the step to inherit.
+
+    A step that outlived its killed runner still holds the lock: its process group is ended first. Raises TryAgain if
+    the lock is held by something that does not end.
+    """
+    path = workspace.root / ".dvc" / "tmp" / "ballast.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(descriptor, workspace.root)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def note_step(descriptor: int, process_group: int) -> None:
+    """Write the step's process group into the lock, so that a later runner can end an orphan."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(process_group).encode(), 0)
+
+
+def _take(descriptor: int, root: Path) -> None:
+    deadline = time.monotonic() + ORPHAN_GRACE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            _end_orphan(descriptor, root)
+            if time.monotonic() > deadline:
+                raise TryAgain(f"Another step holds the workspace {root}. Wait for it to end.") from None
+            time.sleep(0.1)
+
+
+def _end_orphan(descriptor: int, root: Path) -> None:
+    """End a step whose runner is gone (its parent is no longer a runner of this workspace)."""
+    group = os.pread(descriptor, 20, 0).decode()
+    if not group or _runner_lives(int(group)):
+        return
+    log.warning("ending process group %s, left behind in %s by a killed runner", group, root)
+    with suppress(ProcessLookupError):
+        os.killpg(int(group), signal.SIGKILL)
+
+
+def _runner_lives(process_group: int) -> bool:
+    """Whether the leader of the group still has the parent that started it (an orphan is adopted by init)."""
+    try:
+        parent = int(Path(f"/proc/{process_group}/stat").read_text().rpartition(")")[2].split()[1])
+        return b"pipelines.run" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BallastError(f"`git {' '.join(arguments)}` failed in {root}: {done.stderr.strip()}")
+    return done.stdout.rstrip()
+
+
+def _pin(origin: Path, ref: str) -> str:
+    """The run's commit: HEAD when it began, kept by a ref that ``git gc`` respects and later calls read."""
+    try:
+        return _git(origin, "rev-parse", "--verify", "--quiet", ref)
+    except BallastError:
+        head = _git(origin, "rev-parse", "--verify", "HEAD")
+    try:
+        _git(origin, "update-ref", ref, head, "")
+    except BallastError:  # another task of this run was first: its commit holds
+        log.debug("%s was pinned meanwhile", ref)
+    return _git(origin, "rev-parse", "--verify", ref)
+
+
+def _warn_of_uncommitted(origin: Path) -> None:
+    changed = [line for line in _git(origin, "status", "--porcelain").splitlines() if line[3:] != "dvc.lock"]
+    if changed:
+        print("not part of this run (uncommitted in the checkout): " + ", ".join(line[3:] for line in changed))
+
+
+def _clone(origin: Path, commit: str, into: Path) -> None:
+    _git(origin, "clone", "--quiet", "--shared", "--no-checkout", str(origin), str(into))
+    _git(into, "-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
+
+
+def _refuse_foreign_lock(root: Path) -> None:
+    """``make setup`` leaves the lock it installed from in the environment; a run must not use another."""
+    installed = Path(sys.prefix) / "uv.lock"
+    if installed.exists() and sha256(installed) != sha256(root / "uv.lock"):
+        raise BallastError(
+            "The commit's uv.lock is not the one that this environment was installed from. "
+            "Run `make setup` on that commit, then start the run again."
+        )
+
+
+def _configure_dvc(origin: Path, root: Path) -> None:
+    """Share the origin's cache and remote: ``config.local`` does not travel, and relative paths would not hold."""
+    config = configparser.ConfigParser()
+    config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
+    config["cache"] = {"dir": str(origin / ".dvc" / "cache")}
+    config["'remote \"local\"'"] = {"url": str(var() / "dvc-remote")}
+    with (root / ".dvc" / "config.local").open("w") as file:
+        config.write(file)
+
+
+def _set_as_of(file: Path, as_of: date) -> None:
+    """Set the date in place: the rest of the file, comments too, stays as it was committed."""
+    text, count = re.subn(r"(?m)^as_of:[ \t]*\S+", f'as_of: "{as_of}"', file.read_text())
+    if count != 1:
+        raise BallastError(f"params.yaml must have one line `as_of: \"<date>\"` (found {count}).")
+    file.write_text(text)

@@ -1,0 +1,94 @@
+"""The chain of steps, defined once: every DAG that retrains, monitors or promotes is drawn from here."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from airflow.providers.standard.operators.empty import EmptyOperator
+from airflow.sdk import Param, chain
+
+from ballast_assets import CHALLENGER_READY, DRIFT_DETECTED
+from ballast_operators import AnnounceOperator, StepOperator, challenger, interval_start
+
+# One slot each, made with the stack: one training at a time on a GPU, one writer to the registry.
+TRAINING_POOL = "training"
+PROMOTION_POOL = "promotion"
+
+DEFAULT_ARGS: dict[str, Any] = {
+    "owner": "ballast",
+    "retries": 3,
+    "retry_delay": timedelta(seconds=10),
+    "retry_exponential_backoff": 2.0,
+    "max_retry_delay": timedelta(minutes=5),
+    "execution_timeout": timedelta(minutes=30),
+}
+
+AS_OF = Param(
+    None,
+    type=["null", "string"],
+    format="date",
+    title="As-of date",
+    description="The “now” of this run: nothing on or after its midnight (UTC) is seen. Empty: the clock decides.",
+)
+REASON = Param(None, type=["null", "string"], title="Reason", description="Why; kept in the records.")
+
+
+def look() -> list[StepOperator]:
+    """What every run begins with: bring the data in and judge it."""
+    return [StepOperator(step="land"), StepOperator(step="ingest"), StepOperator(step="validate")]
+
+
+def retrain() -> None:
+    """From the source to a verdict on the challenger. A refusal is a result, not a failure."""
+    ready = AnnounceOperator(
+        task_id="challenger_ready",
+        asset=CHALLENGER_READY,
+        step="decide",
+        keys=["version", "record_sha256", "as_of", "summary"],
+    )
+    refused = EmptyOperator(task_id="refused")
+    chain(
+        *look(),
+        StepOperator(step="prepare"),
+        StepOperator(step="train", pool=TRAINING_POOL, execution_timeout=timedelta(hours=6)),
+        StepOperator(step="evaluate"),
+        StepOperator(step="register", pool=PROMOTION_POOL),
+        StepOperator(step="decide", branches={"promote": ready.task_id, "refuse": refused.task_id}),
+        [ready, refused],
+    )
+
+
+def monitor() -> None:
+    """Score the interval with the champion, ask whether anything moved, and let the policy decide."""
+    detected = AnnounceOperator(
+        task_id="drift_detected",
+        asset=DRIFT_DETECTED,
+        step="policy",
+        keys=["as_of", "interval", "reasons", "summary"],
+    )
+    nothing = EmptyOperator(task_id="no_retraining")
+    chain(
+        *look(),
+        StepOperator(step="score", arguments=interval_start),
+        StepOperator(step="drift"),
+        StepOperator(
+            step="policy",
+            branches={"retrain": detected.task_id, "wait": nothing.task_id, "hold": nothing.task_id},
+        ),
+        [detected, nothing],
+    )
+
+
+def promote() -> None:
+    """Make the challenger of a passing record the champion."""
+    StepOperator(step="promote", arguments=challenger, pool=PROMOTION_POOL)
+
+
+def rollback() -> None:
+    """Put the champion before back in its place."""
+    StepOperator(
+        step="rollback",
+        arguments=lambda context: ["--reason", str(context["params"]["reason"])],
+        pool=PROMOTION_POOL,
+    )

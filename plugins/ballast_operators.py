@@ -1,0 +1,205 @@
+"""What Airflow needs to run a step: a process, its output, its exit code and one line of JSON.
+
+Nothing of the pipeline is imported here: the boundary is the process ``python -m pipelines.run``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, BranchMixIn, Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import TaskInstanceKey
+
+PROJECT = Path(__file__).resolve().parent.parent
+RESULT = "ballast-result "
+EXIT_DATA_REJECTED = 65
+EXIT_TRY_AGAIN = 75
+LAST_LINES = 8
+
+Arguments = Sequence[str] | Callable[[Context], Sequence[str]]
+
+
+class MlflowLink(BaseOperatorLink):
+    """A button on the task page: what this step left in MLflow."""
+
+    name = "MLflow"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The page of the step's model version or run, empty until the step has ended well."""
+        server, result = os.environ.get("MLFLOW_TRACKING_URI", ""), getattr(operator, "result", {})
+        if not server.startswith("http"):
+            return ""
+        if "run_id" in result and "experiment_id" in result:
+            return f"{server}/#/experiments/{result['experiment_id']}/runs/{result['run_id']}/artifacts"
+        if "model" in result and result.get("version"):
+            return f"{server}/#/models/{result['model']}/versions/{result['version']}"
+        return ""
+
+
+class StepOperator(BaseOperator, BranchMixIn):
+    """Run one step of the pipeline in the workspace of this DAG run; its result is the XCom.
+
+    With ``branches`` the step's verdict chooses the task that follows. A rejection of the data (exit 65) and a bug
+    fail at once; a server that is away (75) and a killed step are tried again.
+    """
+
+    template_fields = ("step",)
+    inherits_from_skipmixin = True
+    ui_color = "#eef4fb"
+
+    def __init__(
+        self, *, step: str, arguments: Arguments = (), branches: Mapping[str, str] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(task_id=kwargs.pop("task_id", step), **kwargs)
+        self.step = step
+        self.arguments = arguments
+        self.branches = branches
+        self.operator_extra_links = (MlflowLink(),)
+        self.result: dict[str, Any] = {}
+        self.process: subprocess.Popen[str] | None = None
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Run the step; return its result: names, hashes, versions and verdicts, never rows."""
+        arguments = self.arguments(context) if callable(self.arguments) else self.arguments
+        code, lines = self._stream(self._command(context, arguments), self._environment(context))
+        if code or not lines or not lines[-1].startswith(RESULT):
+            self._fail(code, [line for line in lines if line.strip()])
+        self.result = json.loads(lines[-1].removeprefix(RESULT))
+        if self.branches:
+            # Airflow leaves execute by an exception where it skips tasks: what is returned would be lost.
+            context["ti"].xcom_push(key="return_value", value=self.result)
+            self.do_branch(context, self.branches[self.result["verdict"]])
+        return self.result
+
+    def on_kill(self) -> None:
+        """Pass SIGTERM on: the step has until Airflow's own kill to write its checkpoint."""
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+
+    def _command(self, context: Context, arguments: Sequence[str]) -> list[str]:
+        run = context["dag_run"]
+        command = [sys.executable, "-m", "pipelines.run", self.step, "--dag-id", run.dag_id, "--run-id", run.run_id]
+        as_of = as_of_date(context)
+        return [*command, *(["--as-of", as_of] if as_of else []), *arguments]
+
+    def _environment(self, context: Context) -> dict[str, str]:
+        return {**os.environ, "PYTHONUNBUFFERED": "1", "BALLAST_TRIGGER": json.dumps(trigger(context), default=str)}
+
+    def _stream(self, command: list[str], env: dict[str, str]) -> tuple[int, list[str]]:
+        """Run a command in its own process group, its output line by line in the task's log."""
+        self.process = subprocess.Popen(
+            command,
+            cwd=PROJECT,
+            env=env,
+            text=True,
+            errors="replace",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        last: deque[str] = deque(maxlen=LAST_LINES)
+        try:
+            for line in self.process.stdout or ():
+                last.append(line.rstrip("\n"))
+                if not line.startswith(RESULT):
+                    self.log.info("%s", line.rstrip("\n"))
+            return self.process.wait(), list(last)
+        finally:  # a timeout raises in the loop: the step must not go on without us
+            self.on_kill()
+
+    def _fail(self, code: int, lines: list[str]) -> None:
+        said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
+        cause = said[-1].removeprefix("error: ")
+        if code == EXIT_DATA_REJECTED:
+            raise AirflowFailException(f"{self.step} rejected the data: {cause}")
+        if code == EXIT_TRY_AGAIN:
+            raise AirflowException(f"{self.step} can be tried again: {cause}")
+        if code < 0 or code > 128:
+            raise AirflowException(f"{self.step} was killed (exit {code}); a retry goes on from what is stored.")
+        raise AirflowFailException(f"{self.step} failed (exit {code}): {cause}")
+
+
+class AnnounceOperator(BaseOperator):
+    """Emit an asset event that carries the named parts of an earlier step's result."""
+
+    ui_color = "#e8f6ec"
+
+    def __init__(self, *, asset: Asset, step: str, keys: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(outlets=[asset], **kwargs)
+        self.asset = asset
+        self.step = step
+        self.keys = keys
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Attach the payload to the event that Airflow emits when this task succeeds."""
+        result = context["ti"].xcom_pull(task_ids=self.step)
+        payload = {key: result[key] for key in self.keys}
+        context["outlet_events"][self.asset].extra = payload
+        return payload
+
+
+def events(context: Context) -> list[dict[str, Any]]:
+    """The payloads of the asset events that started this run, oldest first; several may have coalesced."""
+    found = [event for group in (context.get("triggering_asset_events") or {}).values() for event in group]
+    return [dict(event.extra) for event in sorted(found, key=lambda event: event.timestamp)]
+
+
+def as_of_date(context: Context) -> str | None:
+    """The as-of date of the run, or None: then the clock is asked.
+
+    In this order: what an earlier step of the run pinned, the run's parameter, the events that started it, the data
+    interval of a scheduled or backfilled run.
+    """
+    ti, run = context["ti"], context["dag_run"]
+    for task_id in ti.task.upstream_task_ids:
+        if pinned := (ti.xcom_pull(task_ids=task_id) or {}).get("as_of"):
+            return str(pinned)
+    if given := context["params"].get("as_of"):
+        return str(given)
+    if dates := [str(event["as_of"]) for event in events(context) if "as_of" in event]:
+        return max(dates)
+    if run.run_type in ("scheduled", "backfill") and run.data_interval_end:
+        return str(run.data_interval_end.date())
+    return None
+
+
+def interval_start(context: Context) -> list[str]:
+    """``--start`` of a monitored interval: the parameter, the data interval's, else the month before the as-of date."""
+    run, given = context["dag_run"], context["params"].get("start")
+    if not given and run.run_type in ("scheduled", "backfill") and run.data_interval_start:
+        given = run.data_interval_start.date().isoformat()
+    if not given:
+        last_day = date.fromordinal(date.fromisoformat(as_of_date(context) or "").toordinal() - 1)
+        given = last_day.replace(day=1).isoformat()
+    return ["--start", given]
+
+
+def challenger(context: Context) -> list[str]:
+    """Which version to promote: the parameters', else the newest of the events (a newer one supersedes the others)."""
+    params = context["params"]
+    chosen = params if params.get("version") else (events(context) or [{}])[-1]
+    if not chosen.get("version"):
+        raise AirflowFailException("No version to promote. Give both parameters, or let a retraining ask.")
+    return ["--version", str(chosen["version"]), "--record-sha256", str(chosen["record_sha256"])]
+
+
+def trigger(context: Context) -> dict[str, Any]:
+    """Who or what started this run, for the records."""
+    run = context["dag_run"]
+    kinds = {"scheduled": "schedule", "backfill": "schedule", "asset_triggered": "event"}
+    conf = dict(run.conf or {})
+    kind = "alert" if conf.get("alert") else kinds.get(str(run.run_type), "person")
+    reason = context["params"].get("reason") or "; ".join(str(event.get("summary")) for event in events(context))
+    return {"kind": kind, "reason": reason or None, "conf": conf, "events": events(context)}

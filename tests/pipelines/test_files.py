@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from pipelines.files import canonical_json, read_json, sha256, whole_file, whole_folder, write_json
+
+
+def test_sha256_is_of_the_files_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_whole_file_appears_only_at_the_end_and_in_new_folders(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder" / "a.txt"
+    with whole_file(target) as part:
+        part.write_text("whole")
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_whole_file_that_fails_leaves_the_old_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(RuntimeError), whole_file(target) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_whole_folder_replaces_all_that_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    for name in ("old", "new"):
+        with whole_folder(target) as part:
+            (part / name).touch()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_whole_folder_that_fails_leaves_the_old_and_no_litter(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with whole_folder(target) as part:
+        (part / "old").touch()
+    with pytest.raises(RuntimeError), whole_folder(target) as part:
+        (part / "new").touch()
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_canonical_json_of_equal_values_is_equal() -> None:
+    assert (
+        canonical_json({"b": [1, 2.5], "a": "é"})
+        == canonical_json({"a": "é", "b": [1, 2.5]})
+        == '{"a":"é","b":[1,2.5]}'
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_has_no_nan(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json([value])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", [value])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_json_read_json_round_trip(tmp_path: Path) -> None:
+    value = {"z": 1, "a": [None, True, "μ"]}
+    write_json(tmp_path / "sub" / "a.json", value)
+    assert read_json(tmp_path / "sub" / "a.json") == value
+    assert list(read_json(tmp_path / "sub" / "a.json")) == ["z", "a"]
+    assert (tmp_path / "sub" / "a.json").read_text().endswith("}\n")

@@ -1,0 +1,229 @@
+"""The runner with a real git repository and real DVC: a toy project of two stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import run as runner
+from pipelines.workspace import ensure, name_of
+
+PROJECT = Path(__file__).resolve().parents[2]
+STAGE = """
+import json, pathlib, sys, time, os
+name, seconds, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+print(f"{name} begins", flush=True)
+pathlib.Path(os.environ["BALLAST_VAR"], f"{name}.pid").write_text(str(os.getpid()))
+with open(pathlib.Path(os.environ["BALLAST_VAR"], f"{name}.runs"), "a") as file:
+    file.write("x")
+time.sleep(seconds)
+out = pathlib.Path("data", name)
+out.mkdir(parents=True, exist_ok=True)
+(out / "result.json").write_text(json.dumps({"summary": f"{name} of " + open("params.yaml").read().strip()}))
+sys.exit(code)
+"""
+
+
+class Project:
+    """A project with `land` and `train` whose commands do what the test asks for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.var = root / "project", root / "var"
+        self.root.mkdir()
+        self.var.mkdir()
+        (self.root / "stage.py").write_text(STAGE)
+        (self.root / "uv.lock").write_bytes((PROJECT / "uv.lock").read_bytes())
+        (self.root / "params.yaml").write_text('as_of: "2013-04-01"\n')
+        (self.root / ".gitignore").write_text("/data\n")
+        self.git("init", "-q")
+        subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=self.root, check=True)
+        self.stages()
+
+    def git(self, *arguments: str) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=self.root, check=True, capture_output=True, text=True).stdout.strip()
+
+    def stages(self, seconds: float = 0, code: int = 0) -> None:
+        """Commit a dvc.yaml whose stages take ``seconds`` and end with ``code``."""
+        stages = {
+            name: {
+                "cmd": f"python stage.py {name} {seconds} {code}",
+                "deps": ["stage.py", *deps],
+                "params": ["as_of"],
+                "outs": [f"data/{name}/result.json"],
+            }
+            for name, deps in {"land": [], "train": ["data/land/result.json"]}.items()
+        }
+        (self.root / "dvc.yaml").write_text(json.dumps({"stages": stages}))
+        self.git("add", "-A")
+        self.git("commit", "-qm", "stages", "--allow-empty")
+
+    def command(self, step: str, run_id: str = "r1", as_of: str = "2013-05-01") -> list[str]:
+        here = f"import sys; sys.argv[0] = 'pipelines.run'; import pipelines.places as p, pathlib; " \
+               f"p.ROOT = pathlib.Path({str(self.root)!r}); import pipelines.run as r; " \
+               f"from pipelines.errors import exit_with; exit_with(r.main)"
+        return [sys.executable, "-c", here, step, "--dag-id", "d", "--run-id", run_id, "--as-of", as_of]
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "BALLAST_VAR": str(self.var), "PYTHONPATH": str(PROJECT)}
+
+    def run(self, step: str, run_id: str = "r1", as_of: str = "2013-05-01") -> subprocess.CompletedProcess[str]:
+        command = self.command(step, run_id, as_of)
+        return subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=False)
+
+    def workspace(self, run_id: str = "r1") -> Path:
+        return self.var / "runs" / "d" / run_id
+
+    def times(self, name: str) -> int:
+        file = self.var / f"{name}.runs"
+        return len(file.read_text()) if file.exists() else 0
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(runner.RESULT)
+    return json.loads(last.removeprefix(runner.RESULT))
+
+
+def test_run_new_stage_runs_in_a_clone_as_of_its_date(project: Project) -> None:
+    result = result_of(project.run("land"))
+    assert result["summary"] == 'land of as_of: "2013-05-01"'
+    assert (result["as_of"], result["cached"]) == ("2013-05-01", False)
+    assert result["commit"] == project.git("rev-parse", "HEAD")
+    assert (project.root / "params.yaml").read_text() == 'as_of: "2013-04-01"\n'
+    assert not (project.root / "data").exists()
+
+
+def test_run_same_inputs_in_another_run_come_from_the_cache_with_the_same_lock(project: Project) -> None:
+    for step in ("land", "train"):
+        result_of(project.run(step, "r1"))
+    for step in ("land", "train"):
+        assert result_of(project.run(step, "r2"))["cached"] is True
+    assert project.times("train") == 1
+    locks = [(project.workspace(run) / "dvc.lock").read_text() for run in ("r1", "r2")]
+    assert locks[0] == locks[1]
+
+
+def test_run_other_date_runs_again(project: Project) -> None:
+    result_of(project.run("land", "r1"))
+    assert result_of(project.run("land", "r2", "2013-06-01"))["cached"] is False
+
+
+def test_run_commit_after_the_run_began_is_not_part_of_it(project: Project) -> None:
+    first = result_of(project.run("land"))
+    project.stages(code=1)
+    second = result_of(project.run("train"))
+    assert first["commit"] == second["commit"]
+
+
+def test_run_uncommitted_change_is_named_and_left_out(project: Project) -> None:
+    (project.root / "stage.py").write_text("raise SystemExit(1)")
+    done = project.run("land")
+    result_of(done)
+    assert "not part of this run (uncommitted in the checkout): stage.py" in done.stdout
+
+
+@pytest.mark.parametrize("code", [65, 75, 3])
+def test_run_failing_stage_keeps_its_exit_code_and_records_nothing(project: Project, code: int) -> None:
+    project.stages(code=code)
+    assert project.run("land").returncode == code
+    assert not (project.workspace() / "dvc.lock").exists()
+
+
+def test_run_begun_as_of_another_date_is_refused(project: Project) -> None:
+    result_of(project.run("land"))
+    done = project.run("train", as_of="2013-06-01")
+    assert done.returncode == 1
+    assert "began as of 2013-05-01 (asked for: 2013-06-01)" in done.stderr
+
+
+def start_slow(project: Project, step: str = "land") -> tuple[subprocess.Popen[str], int]:
+    """Start a step that takes long; return its runner and the pid of the stage once that works."""
+    project.stages(seconds=60)
+    process = subprocess.Popen(project.command(step), env=project.environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "begins" in line:
+            break
+    pid_file = project.var / f"{step}.pid"
+    for _ in range(500):
+        if pid_file.exists() and pid_file.read_text():
+            return process, int(pid_file.read_text())
+        time.sleep(0.02)
+    raise AssertionError("the stage did not begin")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends (a zombie of a killed runner counts as ended)."""
+    for _ in range(500):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_run_killed_leaves_no_stage_behind(project: Project, signal_number: signal.Signals) -> None:
+    process, stage = start_slow(project)
+    process.send_signal(signal_number)
+    process.wait()
+    process.stdout.close()
+    assert process.returncode == (128 + signal.SIGTERM if signal_number == signal.SIGTERM else -signal.SIGKILL)
+    assert gone(stage)
+
+
+def test_run_after_its_stage_was_killed_ends_as_an_unbroken_run(project: Project) -> None:
+    process, stage = start_slow(project)
+    os.kill(stage, signal.SIGKILL)
+    assert process.wait() == 128 + signal.SIGKILL
+    process.stdout.close()
+    (project.workspace() / "data" / "land").mkdir(parents=True, exist_ok=True)
+    (project.workspace() / "data" / "land" / "result.json").write_text('{"half":')
+    (project.workspace() / "stage.py").write_text(STAGE.replace("time.sleep(seconds)", ""))
+    assert result_of(project.run("land"))["cached"] is False
+
+
+def test_run_after_a_killed_commit_restores_the_lock_file(project: Project) -> None:
+    result_of(project.run("land"))
+    root = project.workspace()
+    whole = (root / "dvc.lock").read_text()
+    (root / ".dvc" / "tmp" / "dvc.lock.before").write_text(whole)
+    (root / "dvc.lock").write_text(whole[: len(whole) // 2])
+    result_of(project.run("train"))
+    assert (root / "dvc.lock").read_text().startswith(whole.rstrip())
+
+
+def test_ensure_foreign_environment_lock_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = project.var / "venv"
+    prefix.mkdir()
+    (prefix / "uv.lock").write_text("another")
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    monkeypatch.setenv("BALLAST_VAR", str(project.var))
+    with pytest.raises(Exception, match="not the one that this environment was installed from"):
+        ensure("d", "r", None, project.root)
+    assert not (project.var / "runs" / "d" / "r").exists()
+
+
+def test_name_of_different_ids_stay_different() -> None:
+    ids = ["scheduled__2013-04-01T00:00:00+00:00", "scheduled__2013-04-01T00-00-00-00-00", "plain", "a/b", "a.b"]
+    names = [name_of(run_id) for run_id in ids]
+    assert len(set(names)) == len(ids)
+    assert all("/" not in name and ":" not in name for name in names)

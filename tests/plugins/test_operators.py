@@ -1,0 +1,223 @@
+"""The operators in real DAG runs; the pipeline behind the process boundary is a script that does as told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import date, datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ballast_operators
+import pytest
+from airflow.sdk import DAG, Asset
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from ballast_operators import StepOperator, as_of_date, challenger, events, interval_start, trigger
+
+pytestmark = [
+    pytest.mark.usefixtures("airflow_database"),
+    pytest.mark.filterwarnings("default"),  # Airflow's in-process API server warns of its own libraries
+]
+
+DAGS = Path(__file__).resolve().parents[2] / "dags"
+FAKE = """
+import json, os, sys
+step = sys.argv[1]
+told = json.load(open("told.json"))[step]
+with open("calls.jsonl", "a") as file:
+    file.write(json.dumps({"argv": sys.argv[1:], "trigger": json.loads(os.environ["BALLAST_TRIGGER"])}) + "\\n")
+print(step, "speaks")
+if told.get("error"):
+    print("error:", told["error"], file=sys.stderr)
+if told.get("signal"):
+    os.kill(os.getpid(), told["signal"])
+if not told.get("code"):
+    print("ballast-result", json.dumps(told["result"]))
+sys.exit(told.get("code", 0))
+"""
+
+
+class Pipeline:
+    """The other side of the boundary: what each step is told to do, and how it was called."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "pipelines").mkdir()
+        (root / "pipelines" / "__init__.py").touch()
+        (root / "pipelines" / "run.py").write_text(FAKE)
+
+    def tell(self, **steps: dict[str, Any]) -> None:
+        (self.root / "told.json").write_text(json.dumps(steps))
+
+    def calls(self) -> list[dict[str, Any]]:
+        file = self.root / "calls.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    monkeypatch.setattr(ballast_operators, "PROJECT", tmp_path)
+    return Pipeline(tmp_path)
+
+
+@pytest.fixture
+def run(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run one of the project's DAGs for real, in this process, as an API call without a logical date starts it."""
+    from airflow.dag_processing.dagbag import DagBag
+
+    bag = DagBag(str(DAGS))
+
+    def run(name: str, **conf: Any) -> Any:
+        for task in bag.dags[name].tasks:
+            task.retries = 0  # a wrong step would wait for its retries
+        land = bag.dags[name].get_task("land")
+        monkeypatch.setattr(sys.modules[type(land).__module__], "PROJECT", pipeline.root)
+        return bag.dags[name].test(logical_date=None, run_conf=conf)
+
+    return run
+
+
+def states(dag_run: Any) -> dict[str, str]:
+    return {ti.task_id: str(ti.state) for ti in dag_run.get_task_instances()}
+
+
+PINNED = {"result": {"as_of": "2013-04-01"}}
+RETRAINING = dict.fromkeys(("land", "ingest", "validate", "prepare", "train", "evaluate", "register"), PINNED)
+
+
+def decided(verdict: str) -> dict[str, Any]:
+    record = {"version": 3, "record_sha256": "ab", "as_of": "2013-04-01", "summary": "words", "rows": "many"}
+    return {**RETRAINING, "decide": {"result": {**record, "verdict": verdict}}}
+
+
+def test_retraining_passed_challenger_is_announced_with_its_record(pipeline: Pipeline, run: Callable[..., Any]) -> None:
+    pipeline.tell(**decided("promote"))
+    dag_run = run("retrain_on_alert")
+    assert dag_run.state == "success"
+    assert states(dag_run)["refused"] == "skipped"
+    (announced,) = [ti for ti in dag_run.get_task_instances() if ti.task_id == "challenger_ready"]
+    payload = announced.xcom_pull(task_ids="challenger_ready", key="return_value")
+    assert payload == {"version": 3, "record_sha256": "ab", "as_of": "2013-04-01", "summary": "words"}
+    land, *others = pipeline.calls()
+    assert "--as-of" not in land["argv"], "without a date the clock is asked"
+    assert len(others) == 7
+    assert all(call["argv"][-2:] == ["--as-of", "2013-04-01"] for call in others), "the first date is pinned"
+
+
+def test_retraining_refused_challenger_is_a_green_run_that_keeps_its_alert(
+    pipeline: Pipeline, run: Callable[..., Any]
+) -> None:
+    pipeline.tell(**decided("refuse"))
+    dag_run = run("retrain_on_alert", as_of="2013-04-01", alert={"fingerprint": "f1"}, reason="it fell")
+    assert dag_run.state == "success"
+    assert (states(dag_run)["refused"], states(dag_run)["challenger_ready"]) == ("success", "skipped")
+    land = pipeline.calls()[0]
+    assert land["argv"][-2:] == ["--as-of", "2013-04-01"]
+    assert land["trigger"]["kind"] == "alert"
+    assert land["trigger"]["reason"] == "it fell"
+    assert land["trigger"]["conf"]["alert"] == {"fingerprint": "f1"}
+
+
+def test_retraining_rejected_data_stops_the_run_at_once(pipeline: Pipeline, run: Callable[..., Any]) -> None:
+    pipeline.tell(**{**decided("promote"), "validate": {"code": 65, "error": "no rows"}})
+    dag_run = run("retrain_on_alert")
+    assert dag_run.state == "failed"
+    assert states(dag_run)["validate"] == "failed"
+    assert states(dag_run)["train"] == "upstream_failed"
+    assert [call["argv"][0] for call in pipeline.calls()] == ["land", "ingest", "validate"]
+
+
+@pytest.mark.parametrize(("verdict", "goes"), [("retrain", "drift_detected"), ("wait", "no_retraining")])
+def test_monitor_policy_chooses_the_branch(
+    pipeline: Pipeline, run: Callable[..., Any], verdict: str, goes: str
+) -> None:
+    steps = dict.fromkeys(("land", "ingest", "validate", "score", "drift"), PINNED)
+    policy = {"as_of": "2013-05-01", "interval": "2013-04", "reasons": [], "summary": "words", "verdict": verdict}
+    pipeline.tell(**steps, policy={"result": policy})
+    assert states(run("monitor", as_of="2013-05-01", start="2013-04-01"))[goes] == "success"
+    (score,) = [call for call in pipeline.calls() if call["argv"][0] == "score"]
+    assert score["argv"][-2:] == ["--start", "2013-04-01"]
+
+
+def attempt(pipeline: Pipeline, **told: Any) -> None:
+    """Execute one step outside a DAG run, to see which exception Airflow would get."""
+    pipeline.tell(land=told)
+    dag_run = SimpleNamespace(dag_id="d", run_id="r", run_type="manual", conf={}, data_interval_end=None)
+    context: Any = {"dag_run": dag_run, "params": {}, "ti": None}
+    with DAG("one"):
+        operator = StepOperator(step="land")
+    context["ti"] = SimpleNamespace(task=operator)
+    operator.execute(context)
+
+
+@pytest.mark.parametrize(
+    ("told", "exception", "words"),
+    [
+        ({"code": 65, "error": "no rows"}, AirflowFailException, "land rejected the data: no rows"),
+        ({"code": 75, "error": "server away"}, AirflowException, "land can be tried again: server away"),
+        ({"code": 1, "error": "misspelt"}, AirflowFailException, r"land failed \(exit 1\): misspelt"),
+        ({"signal": 9}, AirflowException, "land was killed"),
+        ({"code": 0, "result": "gone"}, None, ""),
+    ],
+)
+def test_step_exit_code_says_whether_to_try_again(
+    pipeline: Pipeline, told: dict[str, Any], exception: type[Exception] | None, words: str
+) -> None:
+    if exception is None:
+        attempt(pipeline, **told)
+        return
+    with pytest.raises(exception, match=words) as caught:
+        attempt(pipeline, **told)
+    assert type(caught.value) is exception
+
+
+def context(run_type: str = "manual", extras: tuple[dict[str, Any], ...] = (), **params: Any) -> Any:
+    """The parts of a task's context that choose dates and versions."""
+    began = datetime(2013, 5, 1)
+    found = [SimpleNamespace(extra=extra, timestamp=began + timedelta(hours=hour)) for hour, extra in enumerate(extras)]
+    dag_run = SimpleNamespace(
+        run_type=run_type, conf={}, data_interval_start=datetime(2013, 3, 1), data_interval_end=datetime(2013, 4, 1)
+    )
+    ti = SimpleNamespace(task=SimpleNamespace(upstream_task_ids=set()))
+    asset = Asset("any", uri="ballast://any/")
+    return {"dag_run": dag_run, "params": params, "ti": ti, "triggering_asset_events": {asset: list(reversed(found))}}
+
+
+def test_as_of_scheduled_run_takes_its_data_interval() -> None:
+    assert as_of_date(context("scheduled")) == "2013-04-01"
+    assert as_of_date(context("backfill")) == "2013-04-01"
+
+
+def test_as_of_run_by_hand_asks_the_clock() -> None:
+    assert as_of_date(context("manual")) is None
+
+
+def test_as_of_coalesced_events_take_the_latest_date() -> None:
+    extras = ({"as_of": "2013-06-01"}, {"as_of": "2013-05-01"})
+    assert as_of_date(context("asset_triggered", extras)) == "2013-06-01"
+    assert [event["as_of"] for event in events(context("asset_triggered", extras))] == ["2013-06-01", "2013-05-01"]
+
+
+def test_interval_start_without_a_date_is_the_month_before() -> None:
+    assert interval_start(context("manual", as_of="2013-05-01")) == ["--start", "2013-04-01"]
+    assert interval_start(context("backfill")) == ["--start", "2013-03-01"]
+    assert interval_start(context("manual", as_of="2013-05-01", start="2013-04-15")) == ["--start", "2013-04-15"]
+    assert date.fromisoformat(interval_start(context("manual", as_of="2013-01-01"))[1]) == date(2012, 12, 1)
+
+
+def test_challenger_newest_event_supersedes_the_others() -> None:
+    extras = ({"version": 2, "record_sha256": "a"}, {"version": 3, "record_sha256": "b"})
+    assert challenger(context("asset_triggered", extras)) == ["--version", "3", "--record-sha256", "b"]
+
+
+def test_challenger_without_event_or_parameter_is_an_error_with_the_remedy() -> None:
+    with pytest.raises(AirflowFailException, match="Give both parameters"):
+        challenger(context("manual"))
+
+
+def test_trigger_keeps_reasons_of_all_events() -> None:
+    found = trigger(context("asset_triggered", ({"summary": "worse in April"}, {"summary": "worse in May"})))
+    assert found["kind"] == "event"
+    assert found["reason"] == "worse in April; worse in May"
