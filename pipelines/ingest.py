@@ -10,16 +10,10 @@ from typing import Any
 from pipelines import places, stage
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json, whole_folder
-from pipelines.params import Params, load
-from pipelines.schema import Table
+from pipelines.params import load
+from pipelines.schema import Declared, Table
 
 LAND_AGAIN = "Run `python -m pipelines.land` again"
-
-
-class Declared(Params, extra="ignore"):
-    """What this stage reads of the section ``land`` of params.yaml."""
-
-    tables: dict[str, Table]
 
 
 def ingest(manifest: Path, landing: Path, out: Path, tables: Mapping[str, Table]) -> dict[str, Any]:

@@ -32,6 +32,12 @@ class Table(Params):
         return pa.schema([(name, ARROW[kind]) for name, kind in self.columns.items()])
 
 
+class Declared(Params, extra="ignore"):
+    """The tables of the section ``land`` of params.yaml, for the stages that do not land."""
+
+    tables: dict[str, Table]
+
+
 class Features(Params):
     """The columns a model reads, by kind, in the order of its input matrix."""
 

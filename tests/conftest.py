@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[1]
 HOME = Path(tempfile.mkdtemp(prefix="ballast-airflow-"))
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.update(

@@ -1,0 +1,149 @@
+"""What a binary classifier's probabilities are worth: metrics, curves and a bootstrap over whole days.
+
+``label`` is (n,) of 0 and 1, ``probability`` (n,) the probability of label 1; both are checked, and anything
+else raises BallastError. What one class alone cannot define (ROC AUC, PR AUC) is NaN here and null in JSON.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pipelines.errors import BallastError
+
+Floats = npt.NDArray[np.float64]
+
+
+def binary(label: npt.ArrayLike, probability: npt.ArrayLike, threshold: float, bins: int) -> dict[str, float]:
+    """Every metric of the project; a row counts as predicted 1 where its probability is above ``threshold``."""
+    label, probability = _checked(label, probability)
+    return {
+        **_ranking(label, probability),
+        "log_loss": float(log_loss_rows(label, probability).mean()),
+        "brier": float(np.square(probability - label).mean()),
+        **_decisions(label, probability > threshold),
+        "calibration_error": calibration_error(label, probability, bins),
+        "rows": len(label),
+        "label_rate": float(label.mean()),
+    }
+
+
+def log_loss_rows(label: npt.ArrayLike, probability: npt.ArrayLike) -> Floats:
+    """The log loss of each row, in nats, (n,); their mean is the log loss.
+
+    Probabilities are kept a float64 epsilon away from 0 and 1, as scikit-learn does: one sure and wrong
+    prediction costs 36 nats, not infinity.
+    """
+    label, probability = _checked(label, probability)
+    epsilon = np.finfo(np.float64).eps
+    clipped = np.clip(probability, epsilon, 1 - epsilon)
+    losses: Floats = -np.where(label == 1, np.log(clipped), np.log1p(-clipped))
+    return losses
+
+
+def calibration_curve(label: npt.ArrayLike, probability: npt.ArrayLike, bins: int) -> pd.DataFrame:
+    """Mean ``predicted`` and ``observed`` rate and ``rows`` of at most ``bins`` bins of about equal size.
+
+    Bins are cut at quantiles of the probability (Nixon et al., 2019): bins of equal width would leave most
+    nearly empty. Equal probabilities share a bin, so fewer distinct ones give fewer bins.
+    """
+    label, probability = _checked(label, probability)
+    edges = np.quantile(probability, np.linspace(0, 1, bins + 1)[1:-1])
+    position = np.searchsorted(edges, probability)
+    rows = np.bincount(position, minlength=bins)
+    filled = rows > 0
+    sums = [np.bincount(position, weights=values, minlength=bins)[filled] for values in (probability, label)]
+    rows = rows[filled]
+    return pd.DataFrame({"predicted": sums[0] / rows, "observed": sums[1] / rows, "rows": rows})
+
+
+def calibration_error(label: npt.ArrayLike, probability: npt.ArrayLike, bins: int) -> float:
+    """The expected calibration error: the mean distance of predicted and observed rate, bins weighed by rows."""
+    curve = calibration_curve(label, probability, bins)
+    return float(np.average((curve["predicted"] - curve["observed"]).abs(), weights=curve["rows"]))
+
+
+def roc_curve(label: npt.ArrayLike, probability: npt.ArrayLike, points: int = 200) -> pd.DataFrame:
+    """At most ``points`` points (``fpr``, ``tpr``) of the ROC curve, its two ends among them."""
+    from sklearn import metrics
+
+    fpr, tpr, _ = metrics.roc_curve(*_two_classes(label, probability))
+    return _thinned(pd.DataFrame({"fpr": fpr, "tpr": tpr}), points)
+
+
+def precision_recall_curve(label: npt.ArrayLike, probability: npt.ArrayLike, points: int = 200) -> pd.DataFrame:
+    """At most ``points`` points (``recall``, ``precision``) by rising recall, the two ends among them."""
+    from sklearn import metrics
+
+    precision, recall, _ = metrics.precision_recall_curve(*_two_classes(label, probability))
+    return _thinned(pd.DataFrame({"recall": recall[::-1], "precision": precision[::-1]}), points)
+
+
+def bootstrap_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int, draws: int = 2000) -> Floats:
+    """Means of ``values`` over resampled whole days, (draws,); a day weighs as many rows as it has.
+
+    Rows of one day share its weather and its queues: resampling rows would call noise certain. ``days`` is
+    (n,) of whatever sorts, one entry per value. A cluster bootstrap (Cameron, Gelbach and Miller, 2008).
+    """
+    values, days = np.asarray(values, dtype=np.float64), np.asarray(days)
+    if values.shape != days.shape or values.ndim != 1 or not len(values):
+        raise BallastError(f"A bootstrap needs one day per value (found values {values.shape}, days {days.shape}).")
+    if np.isnan(values).any():
+        raise BallastError(f"A bootstrap needs numbers (found {np.isnan(values).sum()} NaN of {len(values)} values).")
+    names, position = np.unique(days, return_inverse=True)
+    sums, rows = np.bincount(position, weights=values), np.bincount(position)
+    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    means: Floats = (times @ sums) / (times @ rows)
+    return means
+
+
+def _ranking(label: Floats, probability: Floats) -> dict[str, float]:
+    from sklearn import metrics
+
+    if label.min() == label.max():
+        return {"roc_auc": float("nan"), "pr_auc": float("nan")}
+    return {
+        "roc_auc": float(metrics.roc_auc_score(label, probability)),
+        "pr_auc": float(metrics.average_precision_score(label, probability)),
+    }
+
+
+def _decisions(label: Floats, predicted: npt.NDArray[np.bool_]) -> dict[str, float]:
+    """F1, precision and recall of label 1; 0 where nothing was predicted or nothing was there to find."""
+    hits = float((predicted & (label == 1)).sum())
+    precision = hits / predicted.sum() if predicted.any() else 0.0
+    recall = hits / label.sum() if label.any() else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if hits else 0.0
+    return {"f1": float(f1), "precision": float(precision), "recall": float(recall)}
+
+
+def _thinned(curve: pd.DataFrame, points: int) -> pd.DataFrame:
+    """Points at even places in the curve's own order (its thresholds), so that steep parts keep theirs."""
+    places = np.unique(np.linspace(0, len(curve) - 1, min(points, len(curve))).round().astype(int))
+    return curve.iloc[places].reset_index(drop=True)
+
+
+def _two_classes(label: npt.ArrayLike, probability: npt.ArrayLike) -> tuple[Floats, Floats]:
+    label, probability = _checked(label, probability)
+    if label.min() == label.max():
+        raise BallastError(f"A curve needs rows of both classes (found only label {label[0]:.0f}).")
+    return label, probability
+
+
+def _checked(label: npt.ArrayLike, probability: npt.ArrayLike) -> tuple[Floats, Floats]:
+    labels, probabilities = np.asarray(label, dtype=np.float64), np.asarray(probability, dtype=np.float64)
+    if labels.shape != probabilities.shape or labels.ndim != 1 or not len(labels):
+        raise BallastError(
+            f"Metrics need one probability per label, and a row at least "
+            f"(found labels {labels.shape}, probabilities {probabilities.shape})."
+        )
+    if wrong := int((~np.isin(labels, (0, 1))).sum()):
+        raise BallastError(f"Labels must be 0 or 1 (found {wrong} others of {len(labels)}): leave unlabelled rows out.")
+    outside = probabilities[~((probabilities >= 0) & (probabilities <= 1))]  # true for NaN as well
+    if len(outside):
+        raise BallastError(
+            f"Probabilities must lie in [0, 1] (found {len(outside)} of {len(probabilities)} outside, "
+            f"the first {outside[0]}): see what the model returned."
+        )
+    return labels, probabilities
