@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 
 from pipelines import params
@@ -57,24 +57,21 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) ->
     root = var() / "runs" / name
     if not root.exists():
         _warn_of_uncommitted(origin)
+        if as_of is None:
+            from pipelines.state import today  # the database's library takes longer to import than all else here
+
+            as_of = today()
         with whole_folder(root) as part:
             _clone(origin, commit, part)
             _refuse_foreign_lock(part)
             _configure_dvc(origin, part)
-            _set_as_of(part / "params.yaml", as_of or today())
+            _set_as_of(part / "params.yaml", as_of)
     began = params.as_of(root / "params.yaml")
-    if as_of not in (None, began):
+    if as_of and as_of != began:
         raise BallastError(
             f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date."
         )
     return Workspace(root, commit, began)
-
-
-def today() -> date:
-    """The date of the clock: the example's own while it is set, else the wall clock's, UTC."""
-    from pipelines.state import State
-
-    return State().clock() or datetime.now(UTC).date()
 
 
 @contextmanager

@@ -198,8 +198,9 @@ def challenger(context: Context) -> list[str]:
 def trigger(context: Context) -> dict[str, Any]:
     """Who or what started this run, for the records."""
     run = context["dag_run"]
-    kinds = {"scheduled": "schedule", "backfill": "schedule", "asset_triggered": "event"}
+    kinds = {"scheduled": "schedule", "backfill": "schedule", "asset_triggered": "drift"}
     conf = dict(run.conf or {})
-    kind = "alert" if conf.get("alert") else kinds.get(str(run.run_type), "person")
+    run_type = str(getattr(run.run_type, "value", run.run_type))
+    kind = "alert" if conf.get("alert") else kinds.get(run_type, "person")
     reason = context["params"].get("reason") or "; ".join(str(event.get("summary")) for event in events(context))
     return {"kind": kind, "reason": reason or None, "conf": conf, "events": events(context)}

@@ -14,6 +14,7 @@ import ballast_operators
 import pytest
 from airflow.sdk import DAG, Asset
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.utils.types import DagRunType
 from ballast_operators import StepOperator, as_of_date, challenger, events, interval_start, trigger
 
 pytestmark = [
@@ -173,7 +174,7 @@ def test_step_exit_code_says_whether_to_try_again(
     assert type(caught.value) is exception
 
 
-def context(run_type: str = "manual", extras: tuple[dict[str, Any], ...] = (), **params: Any) -> Any:
+def context(run_type: str = DagRunType.MANUAL, extras: tuple[dict[str, Any], ...] = (), **params: Any) -> Any:
     """The parts of a task's context that choose dates and versions."""
     began = datetime(2013, 5, 1)
     found = [SimpleNamespace(extra=extra, timestamp=began + timedelta(hours=hour)) for hour, extra in enumerate(extras)]
@@ -186,38 +187,38 @@ def context(run_type: str = "manual", extras: tuple[dict[str, Any], ...] = (), *
 
 
 def test_as_of_scheduled_run_takes_its_data_interval() -> None:
-    assert as_of_date(context("scheduled")) == "2013-04-01"
-    assert as_of_date(context("backfill")) == "2013-04-01"
+    assert as_of_date(context(DagRunType.SCHEDULED)) == "2013-04-01"
+    assert as_of_date(context(DagRunType.BACKFILL_JOB)) == "2013-04-01"
 
 
 def test_as_of_run_by_hand_asks_the_clock() -> None:
-    assert as_of_date(context("manual")) is None
+    assert as_of_date(context(DagRunType.MANUAL)) is None
 
 
 def test_as_of_coalesced_events_take_the_latest_date() -> None:
     extras = ({"as_of": "2013-06-01"}, {"as_of": "2013-05-01"})
-    assert as_of_date(context("asset_triggered", extras)) == "2013-06-01"
-    assert [event["as_of"] for event in events(context("asset_triggered", extras))] == ["2013-06-01", "2013-05-01"]
+    assert as_of_date(context(DagRunType.ASSET_TRIGGERED, extras)) == "2013-06-01"
+    assert [event["as_of"] for event in events(context(DagRunType.ASSET_TRIGGERED, extras))] == ["2013-06-01", "2013-05-01"]
 
 
 def test_interval_start_without_a_date_is_the_month_before() -> None:
-    assert interval_start(context("manual", as_of="2013-05-01")) == ["--start", "2013-04-01"]
-    assert interval_start(context("backfill")) == ["--start", "2013-03-01"]
-    assert interval_start(context("manual", as_of="2013-05-01", start="2013-04-15")) == ["--start", "2013-04-15"]
-    assert date.fromisoformat(interval_start(context("manual", as_of="2013-01-01"))[1]) == date(2012, 12, 1)
+    assert interval_start(context(DagRunType.MANUAL, as_of="2013-05-01")) == ["--start", "2013-04-01"]
+    assert interval_start(context(DagRunType.BACKFILL_JOB)) == ["--start", "2013-03-01"]
+    assert interval_start(context(DagRunType.MANUAL, as_of="2013-05-01", start="2013-04-15")) == ["--start", "2013-04-15"]
+    assert date.fromisoformat(interval_start(context(DagRunType.MANUAL, as_of="2013-01-01"))[1]) == date(2012, 12, 1)
 
 
 def test_challenger_newest_event_supersedes_the_others() -> None:
     extras = ({"version": 2, "record_sha256": "a"}, {"version": 3, "record_sha256": "b"})
-    assert challenger(context("asset_triggered", extras)) == ["--version", "3", "--record-sha256", "b"]
+    assert challenger(context(DagRunType.ASSET_TRIGGERED, extras)) == ["--version", "3", "--record-sha256", "b"]
 
 
 def test_challenger_without_event_or_parameter_is_an_error_with_the_remedy() -> None:
     with pytest.raises(AirflowFailException, match="Give both parameters"):
-        challenger(context("manual"))
+        challenger(context(DagRunType.MANUAL))
 
 
 def test_trigger_keeps_reasons_of_all_events() -> None:
-    found = trigger(context("asset_triggered", ({"summary": "worse in April"}, {"summary": "worse in May"})))
-    assert found["kind"] == "event"
+    found = trigger(context(DagRunType.ASSET_TRIGGERED, ({"summary": "worse in April"}, {"summary": "worse in May"})))
+    assert found["kind"] == "drift"
     assert found["reason"] == "worse in April; worse in May"

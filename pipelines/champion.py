@@ -1,0 +1,36 @@
+"""The champion's place: the ledger is its truth, and the registry's aliases are the ledger's projection."""
+
+from __future__ import annotations
+
+from pipelines import registry
+from pipelines.state import State, champions
+
+
+def project(state: State) -> None:
+    """Set the aliases to what the ledger says; look again if it moved meanwhile, so that the last word is shown."""
+    shown = None
+    while (ledger := state.ledger()) and ledger[-1].hash != shown:
+        standing = champions(ledger)
+        registry.project(standing[-1], standing[-2] if len(standing) > 1 else None)
+        shown = ledger[-1].hash
+        state.set_projected(shown)
+
+
+def behind(state: State) -> bool:
+    """Whether the aliases were not set after the last entry: the process that wrote it was killed in between."""
+    ledger = state.ledger()
+    return bool(ledger) and state.projected() != ledger[-1].hash
+
+
+def moved_by_hand(state: State) -> str | None:
+    """What the aliases say against the ledger, if someone moved them behind its back."""
+    standing = champions(state.ledger())
+    wanted = dict(zip(("champion", "previous"), reversed(standing), strict=False))
+    found = {alias: number for alias, number in registry.aliases().items() if alias in ("champion", "previous")}
+    if found == wanted or behind(state):
+        return None
+    return f"the registry says {_words(found)}, and the ledger {_words(wanted)}"
+
+
+def _words(aliases: dict[str, int]) -> str:
+    return ", ".join(f"{alias} v{number}" for alias, number in sorted(aliases.items())) or "no champion"

@@ -1,0 +1,306 @@
+"""The command ``ballast``: what serves and why, the ledger, one version explained, and the way back.
+
+Everything heavy is imported by the command that needs it: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.errors import BallastError, exit_with
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipelines.state import Entry, State
+
+app = typer.Typer(
+    help="Ballast keeps a model good while its data moves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+LAST_DECISIONS = 3
+
+
+# --- status
+
+
+@app.command(epilog="Example: ballast status --json | jq .champion.version")
+def status(
+    as_json: AsJson = False,
+    repair: Annotated[bool, typer.Option(help="Set aliases that were moved by hand to what the ledger says.")] = False,
+) -> None:
+    """The champion, since when and why; the last verdicts; what is up."""
+    from pipelines.state import State
+
+    state = State()
+    registry = _registry(state, repair)
+    ledger, problems = state.ledger(), state.verify()
+    found = {
+        "champion": _champion(ledger),
+        "previous": state.previous_champion(),
+        "decisions": [_public(decision) for decision in state.decisions()[-LAST_DECISIONS:][::-1]],
+        "ledger": {"entries": len(ledger), "problems": problems},
+        "registry": registry,
+        "clock": str(state.clock() or "wall"),
+        "services": {name: _is_up(port) for name, port in _ports().items()},
+    }
+    _print_json(found) if as_json else _show_status(found)
+
+
+def _registry(state: State, repair: bool) -> dict[str, Any]:
+    """Whether the aliases agree with the ledger. What a killed promotion left undone is done here."""
+    from pipelines import champion
+
+    try:
+        completed = champion.behind(state)
+        odds = champion.moved_by_hand(state)
+        if completed or (repair and odds):
+            champion.project(state)
+        return {"agrees": repair or not odds, "completed": completed, "odds": None if repair else odds, "away": None}
+    except BallastError as error:
+        return {"agrees": None, "completed": False, "odds": None, "away": str(error)}
+
+
+def _champion(ledger: list[Entry]) -> dict[str, Any] | None:
+    if not ledger:
+        return None
+    last = ledger[-1]
+    return {
+        "version": last.to_version,
+        "since": last.at,
+        "as_of": last.as_of,
+        "by": last.kind,
+        "reason": last.reason,
+        "actor": last.actor,
+        "record_sha256": last.record_sha256,
+    }
+
+
+def _ports() -> dict[str, int]:
+    return {name: int(os.environ.get(f"{name.upper()}_PORT") or port) for name, port in _DEFAULT_PORTS.items()}
+
+
+_DEFAULT_PORTS = {"airflow": 8080, "mlflow": 5000}
+
+
+def _is_up(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=0.3).close()
+        return True
+    except OSError:
+        return False
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    out, champion, registry = _console(), found["champion"], found["registry"]
+    if champion:
+        since = f"since {_when(champion['since'])} (as of {champion['as_of']}), by {champion['actor']}"
+        _line(out, "champion", f"[bold]v{champion['version']}[/bold] {since}")
+        _line(out, "", f"{_done(champion['by'])}: {_plain(champion['reason'])}")
+        _line(out, "previous", f"v{found['previous']}" if found["previous"] else "none")
+    else:
+        _line(out, "champion", "none yet")
+    for number, decision in enumerate(found["decisions"]):
+        said = f"v{decision['version']} as of {decision['as_of']}: {_plain(decision['summary'])}"
+        _line(out, "" if number else "verdicts", said)
+    problems = found["ledger"]["problems"]
+    _line(
+        out,
+        "ledger",
+        "[bold red]TAMPERED WITH[/bold red]" if problems else f"{found['ledger']['entries']} entries, whole",
+    )
+    for problem in problems:
+        _line(out, "", f"[red]{_plain(problem)}[/red]")
+    _line(out, "registry", _registry_words(registry))
+    if found["clock"] != "wall":
+        _line(out, "clock", f"{found['clock']} (the example's)")
+    ports = _ports()
+    up = [
+        f"{_NAMES[name]} {'up on' if is_up else 'not up on'} :{ports[name]}"
+        for name, is_up in found["services"].items()
+    ]
+    _line(out, "services", " · ".join(up))
+
+
+_NAMES = {"airflow": "Airflow", "mlflow": "MLflow"}
+
+
+def _registry_words(registry: dict[str, Any]) -> str:
+    if registry["away"]:
+        return f"[yellow]{_plain(registry['away'])}[/yellow]"
+    if registry["odds"]:
+        return f"[bold red]moved by hand[/bold red]: {registry['odds']}. Put it right: ballast status --repair"
+    return "agrees with the ledger" + (" (a promotion that was cut off is completed)" if registry["completed"] else "")
+
+
+# --- history
+
+
+@app.command(epilog="Example: ballast history --json | jq '.entries[-1]'")
+def history(as_json: AsJson = False) -> None:
+    """The ledger, one line an event; exit code 1 if it was tampered with."""
+    from dataclasses import asdict
+
+    from pipelines.state import State
+
+    state = State()
+    ledger, problems = state.ledger(), state.verify()
+    registry = _registry(state, repair=False)
+    if as_json:
+        _print_json({"entries": [asdict(entry) for entry in ledger], "problems": problems, "registry": registry})
+    else:
+        _show_history(ledger, problems, registry)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _show_history(ledger: list[Entry], problems: list[str], registry: dict[str, Any]) -> None:
+    out = _console()
+    if not ledger and not problems:
+        out.print("The ledger is empty: no model was promoted yet.")
+    for entry in ledger:
+        before = f"v{entry.from_version}" if entry.from_version else "none"
+        moved = f"{before} → v{entry.to_version}"
+        about = f"{_plain(entry.reason)}  [dim]{_plain(entry.actor)}[/dim]"
+        out.print(f"{entry.seq:>3}  {_when(entry.at)}  as of {entry.as_of}  {entry.kind:<8}  {moved:<10}  {about}")
+    for problem in problems:
+        out.print(f"[bold red]TAMPERED WITH[/bold red]  {_plain(problem)}")
+    if registry["odds"]:
+        out.print(_registry_words(registry))
+
+
+# --- explain
+
+
+@app.command(epilog="Example: ballast explain 2")
+def explain(
+    version: Annotated[int, typer.Argument(help="The number of a registered version.")], as_json: AsJson = False
+) -> None:
+    """Why a version serves or not: data, code, parameters, decision rule by rule, what started it, when it served."""
+    from pipelines.explain import explain as explained
+    from pipelines.state import State
+
+    found = explained(version, State())
+    _print_json(found) if as_json else _show_version(found)
+
+
+def _show_version(found: dict[str, Any]) -> None:
+    out = _console()
+    out.print(f"[bold]{found['model']} v{found['version']}[/bold] · {found['kind']} · model {found['digest'][:12]}")
+    for number, time in enumerate(found["served"]):
+        _line(out, "" if number else "served", _served_words(time))
+    if not found["served"]:
+        _line(out, "served", "never")
+    for decision in found["decisions"]:
+        _show_decision(out, decision)
+    if not found["decisions"]:
+        _line(out, "decision", "none: the gate has not seen it")
+    for number, (name, window) in enumerate(found["data"]["windows"].items()):
+        said = f"{name:<10} {window['start'][:10]} → {window['end'][:10]}  {window['rows']:,} rows"
+        _line(out, "" if number else "data", f"{said}, {window['label_rate']:.1%} positive")
+    _line(out, "", f"as of {found['data']['as_of']} · dvc.lock {found['data']['lock'][:12] or 'none'}")
+    _line(out, "code", f"commit {found['code']['commit']}")
+    started = found["started_by"]
+    _line(out, "started by", " · ".join(str(started[key]) for key in ("kind", "reason", "actor") if started.get(key)))
+    tests = {key[5:]: value for key, value in found["metrics"].items() if key.startswith("test_")}
+    _line(out, "test", " · ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in sorted(tests.items())))
+    _line(out, "parameters", ", ".join(f"{key} {value}" for key, value in sorted(found["params"].items())))
+    _line(out, "MLflow run", found["run_id"])
+
+
+def _served_words(time: dict[str, Any]) -> str:
+    since = f"since {_when(time['since'])}, {_done(time['by'])}: {_plain(time['reason'])}"
+    if time["until"] is None:
+        return f"[bold]champion[/bold] {since}"
+    until = f"until {_when(time['until'])}, replaced by v{time['replaced_by']} ({_plain(time['replaced_because'])})"
+    return f"{since}; {until}"
+
+
+def _show_decision(out: Console, decision: dict[str, Any]) -> None:
+    _line(out, "decision", f"{_plain(decision['summary'])}  [dim]record {decision['record_sha256'][:12]}[/dim]")
+    if decision["missing"]:
+        _line(out, "", f"[red]{_plain(decision['missing'])}[/red]")
+        return
+    for rule in decision["record"]["rules"]:
+        mark = "[green]passed[/green]" if rule["passed"] else "[red]failed[/red]"
+        _line(out, "", f"{mark}  {rule['rule']}: {_plain(rule['words'])}")
+
+
+# --- rollback
+
+
+@app.command(epilog='Example: ballast rollback --reason "complaints from the control room"')
+def rollback(
+    reason: Annotated[str, typer.Option(help="Why; it stays in the ledger.")],
+    to: Annotated[int | None, typer.Option(help="A version that was champion once; else the champion before.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Back to the champion before. Asks once."""
+    from pipelines import rollback as back
+    from pipelines.state import State
+
+    state = State()
+    ledger = state.ledger()
+    goal = back.target(ledger, to)
+    if not yes:
+        typer.confirm(f"The champion is v{ledger[-1].to_version}. Go back to v{goal}?", abort=True)
+    typer.echo(back.rollback(state, reason, goal, head=ledger[-1].hash)["summary"])
+
+
+# --- output
+
+
+def _console() -> Console:
+    """Plain text where nobody is at a terminal; no line is broken."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _line(out: Console, name: str, text: str) -> None:
+    out.print(f"  {name:<11}{text}")
+
+
+def _plain(text: str) -> str:
+    """Text from outside, whose brackets are no markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _when(at: str) -> str:
+    return f"{datetime.fromisoformat(at):%Y-%m-%d %H:%M} UTC"
+
+
+def _done(kind: str) -> str:
+    return {"promote": "promoted", "rollback": "rolled back to"}.get(kind, kind)
+
+
+def _public(decision: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(decision)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def main() -> None:
+    """The entry point of ``ballast``."""
+    exit_with(app)
+
+
+if __name__ == "__main__":
+    main()

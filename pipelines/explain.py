@@ -1,0 +1,68 @@
+"""Why a version is as it is and where it is: its data, code, settings, verdicts, and when it served."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from pipelines import record, registry
+from pipelines.errors import BallastError
+from pipelines.state import Entry, State
+
+
+def explain(number: int, state: State) -> dict[str, Any]:
+    """All that the registry, the gate and the ledger know of version ``number``."""
+    version = registry.version(number)
+    run, tags = registry.run_data(version.run_id), version.tags
+    return {
+        "model": registry.name(),
+        "version": number,
+        "digest": version.digest,
+        "kind": tags.get("ballast.kind"),
+        "registered_at": version.created_at.isoformat(),
+        "champion": state.champion() == number,
+        "served": served(number, state.ledger()),
+        "decisions": _decisions(number, state),
+        "data": {
+            "as_of": tags.get("ballast.as_of"),
+            "windows": json.loads(tags.get("ballast.windows", "{}")),
+            "lock": version.lock,
+        },
+        "code": {"commit": tags.get("ballast.commit")},
+        "started_by": {"actor": tags.get("ballast.actor"), **json.loads(tags.get("ballast.trigger", "{}"))},
+        "params": dict(run.params),
+        "metrics": dict(run.metrics),
+        "run_id": version.run_id,
+    }
+
+
+def served(number: int, ledger: list[Entry]) -> list[dict[str, Any]]:
+    """The times that a version was champion: from when to when, why, and which version came after."""
+    times = []
+    for entry, after in zip(ledger, [*ledger[1:], None], strict=True):
+        if entry.to_version == number:
+            times.append(
+                {
+                    "since": entry.at,
+                    "until": after.at if after else None,
+                    "by": entry.kind,
+                    "reason": entry.reason,
+                    "replaced_by": after.to_version if after else None,
+                    "replaced_because": f"{after.kind}: {after.reason}" if after else None,
+                }
+            )
+    return times
+
+
+def _decisions(number: int, state: State) -> list[dict[str, Any]]:
+    """What the gate said of the version, the oldest first, each with its record as far as that can be had."""
+    made = []
+    for decision in state.decisions():
+        if decision.version == number:
+            try:
+                kept: dict[str, Any] = {"record": record.fetch(number, decision.record_sha256), "missing": None}
+            except BallastError as error:
+                kept = {"record": None, "missing": str(error)}
+            made.append({**asdict(decision), **kept})
+    return made

@@ -1,0 +1,62 @@
+"""Who and what is behind a step: the run that started it, the code, the data. For the records."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import BallastError
+from pipelines.files import sha256
+
+CODE = ("pipelines", "dvc.yaml", "uv.lock")  # what a model is made by; settings and data are in dvc.lock
+
+
+def actor() -> str:
+    """The DAG run this process belongs to, as ``dag/run``, else the user."""
+    dag, run = os.environ.get("BALLAST_DAG"), os.environ.get("BALLAST_RUN")
+    return f"{dag}/{run}" if dag and run else getpass.getuser()
+
+
+def in_dag_run() -> bool:
+    """Whether a DAG run started this process: then it may be a retry of one that was killed."""
+    return bool(os.environ.get("BALLAST_RUN"))
+
+
+def trigger() -> dict[str, Any]:
+    """Who or what asked (``BALLAST_TRIGGER``): its kind, its reason, and what came with it."""
+    text = os.environ.get("BALLAST_TRIGGER")
+    if not text:
+        return {"kind": "laptop", "reason": None}
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise BallastError(f'BALLAST_TRIGGER must be JSON such as {{"kind": "person"}} (found {text[:80]!r}).')
+    return found
+
+
+def commit() -> str:
+    """The commit of the code here; ``-dirty`` behind it if the code is not what was committed."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return "unknown"
+    return f"{head}-dirty" if _git("status", "--porcelain", "--", *CODE) else head
+
+
+def data_lock() -> str:
+    """The SHA-256 of dvc.lock: every hash of data, settings and code of this workspace; empty without one."""
+    lock = Path("dvc.lock")
+    return sha256(lock) if lock.exists() else ""
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

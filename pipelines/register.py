@@ -1,0 +1,101 @@
+"""Register: one version in the MLflow registry, tied to the code, the data and the run that made it."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines import provenance, registry, stage
+from pipelines.errors import BallastError, exit_with
+from pipelines.files import read_json
+
+
+def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict[str, Any]:
+    """Complete the training run in MLflow and register the model; the same model of the same data only once."""
+    from pipelines.model import Transform, _verified
+
+    folder = train / "model"
+    files, digest = _verified(folder)  # not loaded: torch would take longer than all the rest
+    schema = json.loads(files["schema.json"])
+    features = Transform.from_json(json.loads(files["transform.json"])).features
+    if (measured := read_json(evaluate / "result.json")["digest"]) != digest:
+        raise BallastError(
+            f"{evaluate} measured model {measured[:12]}, and {folder} is {digest[:12]}. Run evaluate again."
+        )
+    run_id = registry.complete_run(registry.EXPERIMENT, digest, _evidence(train, evaluate, prepare, settings))
+    version, created = registry.register(folder, features, digest, provenance.data_lock(), run_id, _tags(schema))
+    name = registry.name()
+    return {
+        "summary": f"{name} v{version.number}" + ("" if created else " · known: the same model of the same data"),
+        "model": name,
+        "version": version.number,
+        "digest": version.digest,
+        "created": created,
+        "run_id": version.run_id,
+    }
+
+
+def _evidence(train: Path, evaluate: Path, prepare: Path, settings: Path) -> registry.Evidence:
+    candidates = read_json(train / "result.json")["candidates"]
+    metrics = {f"{name}/{key}": value for name, found in candidates.items() for key, value in found.items()}
+    metrics |= {f"test_{key}": value for key, value in read_json(evaluate / "metrics.json").items()}
+    return registry.Evidence(
+        params=yaml.safe_load(settings.read_text(encoding="utf-8"))["train"],
+        history=_history(train / "history.csv"),
+        metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        files=[
+            (evaluate, "evaluate"),
+            (prepare / "schema.json", "prepare"),
+            (prepare.parent / "validate" / "verdict.json", "validate"),
+            (settings, ""),
+            (Path("dvc.lock"), ""),
+        ],
+    )
+
+
+def _history(file: Path) -> dict[int, dict[str, float]]:
+    """The metrics by epoch, named as ``train`` logs them live."""
+    history: dict[int, dict[str, float]] = defaultdict(dict)
+    with file.open(newline="") as lines:
+        for row in csv.DictReader(lines):
+            candidate, epoch = row.pop("candidate"), int(row.pop("epoch"))
+            history[epoch] |= {f"{candidate}/{name}": float(value) for name, value in row.items() if value}
+    return history
+
+
+def _tags(schema: Mapping[str, Any]) -> dict[str, str]:
+    """What ties the version to its origin. Set with the version itself, so that none is without."""
+    windows, origin = schema["windows"], provenance.trigger()
+    return {
+        "ballast.kind": schema["kind"],
+        "ballast.as_of": schema["as_of"],
+        "ballast.train_start": windows["train"]["start"],
+        "ballast.train_end": windows["train"]["end"],
+        "ballast.windows": json.dumps(windows),
+        "ballast.commit": provenance.commit(),
+        "ballast.actor": provenance.actor(),
+        "ballast.trigger": json.dumps(origin),
+    }
+
+
+def main() -> None:
+    """Run the step in the root of a workspace."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.register")
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--train", type=Path, default=Path("data/train"))
+    parser.add_argument("--evaluate", type=Path, default=Path("data/evaluate"))
+    parser.add_argument("--prepare", type=Path, default=Path("data/prepare"))
+    parser.add_argument("--out", type=Path, default=Path("data/register"))
+    options = parser.parse_args()
+    stage.finish("register", options.out, register(options.train, options.evaluate, options.prepare, options.params))
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,366 @@
+"""The state store: what must be agreed on by everybody. The only module that holds it.
+
+One small database (``places.state_uri()``): the ledger of champions, the decisions that were made, the example clock.
+``python -m pipelines.state clock`` prints the date that a run with no date of its own takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    event,
+    insert,
+    inspect,
+    make_url,
+    select,
+)
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateTable
+
+from pipelines import places
+from pipelines.errors import BallastError, Conflict, TryAgain, exit_with
+from pipelines.files import canonical_json
+
+SCHEMA = 1
+GENESIS = "0" * 64  # the previous hash of the first entry
+BUSY_TIMEOUT_S = 30
+
+Kind = Literal["promote", "rollback"]
+
+metadata = MetaData()
+_schema = Table("ballast_schema", metadata, Column("version", Integer, primary_key=True))
+_ledger = Table(
+    "ledger",
+    metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("prev_hash", String(64), nullable=False, unique=True),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("at", Text, nullable=False),
+    Column("as_of", Text),
+    Column("kind", Text, nullable=False),
+    Column("from_version", Integer),
+    Column("to_version", Integer, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("record_sha256", String(64)),
+)
+_decisions = Table(
+    "decisions",
+    metadata,
+    Column("record_sha256", String(64), primary_key=True),
+    Column("version", Integer, nullable=False),
+    Column("verdict", Text, nullable=False),
+    Column("summary", Text, nullable=False),
+    Column("as_of", Text, nullable=False),
+    Column("decided_at", Text, nullable=False),
+)
+_settings = Table("settings", metadata, Column("name", String(64), primary_key=True), Column("value", Text))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the ledger. ``hash`` is over all other fields, so also over the entry before."""
+
+    seq: int
+    prev_hash: str
+    hash: str
+    at: str
+    as_of: str | None
+    kind: str
+    from_version: int | None
+    to_version: int
+    reason: str
+    actor: str
+    record_sha256: str | None
+
+    def computed_hash(self) -> str:
+        """SHA-256 of the other fields. Empty ones do not count: a field added later leaves old hashes as they are."""
+        fields = {name: value for name, value in asdict(self).items() if name != "hash" and value is not None}
+        return hashlib.sha256(canonical_json(fields).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate said of a version, by the hash of its record: a record that is not here was not made by it."""
+
+    record_sha256: str
+    version: int
+    verdict: str
+    summary: str
+    as_of: str
+    decided_at: str
+
+
+class State:
+    """The state store at ``uri``, made on first use. Raises BallastError if it is newer than this code."""
+
+    def __init__(self, uri: str | None = None) -> None:
+        self._engine = _engine(uri or places.state_uri())
+        self._make_sure()
+
+    def ledger(self) -> list[Entry]:
+        """Every promotion and rollback, the oldest first."""
+        with self._begin() as connection:
+            return [Entry(**row) for row in connection.execute(select(_ledger).order_by(_ledger.c.seq)).mappings()]
+
+    def append(
+        self,
+        kind: Kind,
+        to_version: int,
+        *,
+        head: str,
+        reason: str,
+        actor: str,
+        as_of: date,
+        record_sha256: str | None = None,
+    ) -> Entry:
+        """Add an entry after the one whose hash is ``head``; raise Conflict if another writer has done so already."""
+        before = next((entry for entry in self.ledger() if entry.hash == head), None)
+        if before is None and head != GENESIS:
+            raise Conflict(
+                f"The ledger has no entry {head[:12]}: it is not the ledger that was read before. Look again."
+            )
+        values: dict[str, Any] = {
+            "seq": before.seq + 1 if before else 1,
+            "prev_hash": head,
+            "at": _now(),
+            "as_of": as_of.isoformat(),
+            "kind": kind,
+            "from_version": before.to_version if before else None,
+            "to_version": to_version,
+            "reason": reason,
+            "actor": actor,
+            "record_sha256": record_sha256,
+        }
+        entry = Entry(hash=Entry(hash="", **values).computed_hash(), **values)
+        try:
+            with self._begin() as connection:
+                connection.execute(insert(_ledger), asdict(entry))
+        except IntegrityError:
+            now = self.champion()
+            raise Conflict(
+                f"The champion has moved meanwhile (it is v{now} now). Look again, then decide again."
+            ) from None
+        return entry
+
+    def head(self) -> str:
+        """The hash of the last entry: whoever appends says which one it saw."""
+        entries = self.ledger()
+        return entries[-1].hash if entries else GENESIS
+
+    def champion(self) -> int | None:
+        """The version in production, by the ledger."""
+        entries = self.ledger()
+        return entries[-1].to_version if entries else None
+
+    def previous_champion(self) -> int | None:
+        """The version that a rollback goes back to."""
+        standing = champions(self.ledger())
+        return standing[-2] if len(standing) > 1 else None
+
+    def verify(self) -> list[str]:
+        """What is wrong with the ledger, one sentence each; nothing if it is as it was written."""
+        problems: list[str] = []
+        before: Entry | None = None
+        for entry in self.ledger():
+            problems += _faults(entry, before)
+            before = entry
+        return problems
+
+    def remember(self, decision: Decision) -> None:
+        """Keep what the gate said; promotion asks for it."""
+        with self._begin() as connection:
+            connection.execute(insert(_decisions), asdict(decision))
+
+    def decision(self, record_sha256: str) -> Decision | None:
+        """The decision whose record has this hash."""
+        return next((found for found in self.decisions() if found.record_sha256 == record_sha256), None)
+
+    def decisions(self) -> list[Decision]:
+        """Every decision of the gate, the oldest first."""
+        query = select(_decisions).order_by(_decisions.c.decided_at)
+        with self._begin() as connection:
+            return [Decision(**row) for row in connection.execute(query).mappings()]
+
+    def clock(self) -> date | None:
+        """The date of the example clock; None while the wall clock counts."""
+        value = self._setting("clock")
+        return date.fromisoformat(value) if value else None
+
+    def set_clock(self, to: date | None) -> None:
+        """Set the example clock; None gives the time back to the wall clock."""
+        self._set("clock", to.isoformat() if to else None)
+
+    def advance_clock(self, to: date) -> None:
+        """Move the example clock forward to a monitored interval's end: never back, and not while it is not set."""
+        now = self.clock()
+        if now and now < to:
+            self.set_clock(to)
+
+    def projected(self) -> str | None:
+        """The head of the ledger that the registry's aliases show, as far as we set them."""
+        return self._setting("projected")
+
+    def set_projected(self, head: str) -> None:
+        """Note that the registry's aliases show the ledger up to ``head``."""
+        self._set("projected", head)
+
+    def _setting(self, name: str) -> str | None:
+        with self._begin() as connection:
+            value: str | None = connection.scalar(select(_settings.c.value).where(_settings.c.name == name))
+            return value
+
+    def _set(self, name: str, value: str | None) -> None:
+        with self._begin() as connection:
+            connection.execute(delete(_settings).where(_settings.c.name == name))
+            connection.execute(insert(_settings), {"name": name, "value": value})
+
+    def _make_sure(self) -> None:
+        found = self._schema_version()
+        if found is None:
+            self._create()
+        elif found > SCHEMA:
+            raise BallastError(
+                f"The state store has schema {found}, and this Ballast knows no newer than {SCHEMA}. "
+                "Use a Ballast at least as new as the one that wrote it; nothing was changed."
+            )
+
+    def _schema_version(self) -> int | None:
+        with self._begin() as connection:
+            if not inspect(connection).has_table(_schema.name):
+                return None
+            version: int | None = connection.scalar(select(_schema.c.version).order_by(_schema.c.version.desc()))
+            return version
+
+    def _create(self) -> None:
+        """Make the tables; another process may be doing the same at this moment. The version comes last."""
+        with self._begin() as connection:
+            for table in metadata.sorted_tables:
+                connection.execute(CreateTable(table, if_not_exists=True))
+        try:
+            with self._begin() as connection:
+                connection.execute(insert(_schema), {"version": SCHEMA})
+        except IntegrityError:
+            self._make_sure()
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise
+        except DBAPIError as error:
+            raise _trouble(self._engine, error) from None
+
+
+def champions(ledger: list[Entry]) -> list[int]:
+    """The champions that still count, the present one last: a rollback takes away those that came after its target."""
+    standing: list[int] = []
+    for entry in ledger:
+        if entry.kind == "rollback" and entry.to_version in standing:
+            while standing[-1] != entry.to_version:
+                standing.pop()
+        else:
+            standing.append(entry.to_version)
+    return standing
+
+
+def today() -> date:
+    """The date of the clock: the example's own while it is set, else the wall clock's, UTC."""
+    return State().clock() or datetime.now(UTC).date()
+
+
+def _faults(entry: Entry, before: Entry | None) -> list[str]:
+    """What is wrong with one entry, given the one before it."""
+    faults = []
+    if entry.computed_hash() != entry.hash:
+        faults.append(f"Entry {entry.seq} was changed: its hash does not fit what it says.")
+    if entry.seq != (before.seq + 1 if before else 1):
+        faults.append(f"Entries are missing before entry {entry.seq}.")
+    if entry.prev_hash != (before.hash if before else GENESIS):
+        faults.append(f"Entry {entry.seq} does not follow the entry before it: one of them was replaced.")
+    if entry.from_version != (before.to_version if before else None):
+        faults.append(f"Entry {entry.seq} starts from another champion than the one before it left.")
+    return faults
+
+
+def _engine(uri: str) -> Engine:
+    """An engine without a pool: a connection lives as long as its transaction, and no process inherits one."""
+    try:
+        url = make_url(uri)
+        if url.get_backend_name() != "sqlite":
+            return create_engine(url, poolclass=NullPool)
+        if url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise BallastError(f"BALLAST_STATE_URI is no database that can be used: {error}") from None
+    except OSError as error:
+        raise BallastError(
+            f"There can be no state store at {uri}: {error}. Set BALLAST_STATE_URI or BALLAST_VAR."
+        ) from None
+    event.listen(engine, "connect", _write_ahead)
+    return engine
+
+
+def _write_ahead(connection: Any, _: object) -> None:
+    """SQLite's write-ahead log: readers and a writer do not wait for each other."""
+    connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _trouble(engine: Engine, error: DBAPIError) -> BallastError:
+    where = engine.url.render_as_string(hide_password=True)
+    if engine.dialect.name == "sqlite" and "locked" in str(error.orig):
+        return TryAgain(f"The state store {where} is locked by another process for over {BUSY_TIMEOUT_S} s. Try again.")
+    if engine.dialect.name != "sqlite" and isinstance(error, OperationalError):
+        return TryAgain(f"The state store {where} does not answer ({error.orig}). Start it, then try again.")
+    return BallastError(
+        f"The state store {where} cannot be used: {error.orig}. "
+        "Check that the file and its folder can be written, or set BALLAST_STATE_URI."
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _date(text: str) -> date | None:
+    try:
+        return None if text == "wall" else date.fromisoformat(text)
+    except ValueError:
+        raise BallastError(f"The clock's date must look like 2013-04-01, or be `wall` (found {text!r}).") from None
+
+
+def main() -> None:
+    """Print the clock's date, after setting it if asked to."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.state")
+    clock = parser.add_subparsers(required=True).add_parser("clock", help="the date of a run with no date of its own")
+    clock.add_argument("--set", metavar="DATE", help="a date such as 2013-04-01, or wall for the wall clock")
+    options = parser.parse_args()
+    if options.set:
+        State().set_clock(_date(options.set))
+    print(today().isoformat())
+
+
+if __name__ == "__main__":
+    exit_with(main)

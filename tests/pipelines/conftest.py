@@ -1,0 +1,230 @@
+"""A small project with real models, and a real MLflow on SQLite, made once and copied for each test."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from threadpoolctl import threadpool_limits
+
+from pipelines import registry
+from pipelines.files import write_json
+
+FIRST = datetime(2013, 1, 1, tzinfo=UTC)
+DAYS, ROWS_A_DAY = 60, 60
+SQL = "SELECT CAST(id AS VARCHAR) AS key, time, y AS label, x, c FROM events"
+FEATURES = {"numeric": ["x"], "categorical": ["c"]}
+TABLES = {
+    "events": {
+        "columns": {"id": "int", "time": "timestamp", "x": "float", "c": "string", "y": "int"},
+        "key": ["id"],
+        "time": "time",
+    }
+}
+PARAMS = """
+as_of: "2013-03-02"
+train: {seed: 1, threads: 2, tabm: {width: 8}}
+register: {model: late}
+decide:
+  min_test_rows: 500
+  min_test_days: 7
+  min_auc: 0.6
+  max_log_loss: 0.69
+  max_calibration_error: 0.15
+  calibration_bins: 10
+  max_unmatched_share: 0.01
+  margin: 0.0
+  confidence: 0.975
+  seed: 1
+"""
+
+
+def day(number: int) -> datetime:
+    return FIRST + timedelta(days=number)
+
+
+def events(seed: int = 0) -> pd.DataFrame:
+    """Rows whose label follows x; days have a weather of their own."""
+    random = np.random.default_rng(seed)
+    n = DAYS * ROWS_A_DAY
+    number = np.arange(n)
+    x = random.normal(size=n)
+    weather = random.normal(scale=0.4, size=DAYS)[number // ROWS_A_DAY]
+    chance = 1 / (1 + np.exp(-(2 * x + weather)))
+    minutes = pd.to_timedelta(number % ROWS_A_DAY * 20, unit="min")
+    time = pd.to_datetime([FIRST] * n).as_unit("us") + pd.to_timedelta(number // ROWS_A_DAY, unit="D") + minutes
+    c = np.where(random.random(n) < 0.3, "b", "a")
+    return pd.DataFrame({"id": number, "time": time, "x": x, "c": c, "y": (random.random(n) < chance).astype("int64")})
+
+
+@dataclass(frozen=True)
+class Project:
+    """The root of a workspace: params.yaml, tables, and whatever the steps write to data/."""
+
+    root: Path
+
+    @property
+    def tables(self) -> Path:
+        return self.root / "data" / "ingest" / "tables"
+
+    def lay_out(self, rows: pd.DataFrame) -> None:
+        """Write the tables, and the last 14 days as the test window."""
+        (self.tables / "events").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(self.tables / "events" / "all.parquet", index=False)
+        test = rows[rows["time"] >= day(46)].rename(columns={"y": "label"})
+        test = test.assign(key=test["id"].astype("str"), label=test["label"].astype("int8"))
+        (self.root / "data" / "prepare").mkdir(parents=True, exist_ok=True)
+        test[["key", "time", "label", "x", "c"]].to_parquet(
+            self.root / "data" / "prepare" / "test.parquet", index=False
+        )
+
+    def train(
+        self,
+        iterations: int = 25,
+        sql: str = SQL,
+        windows: tuple[int, int, int] = (0, 32, 46),
+        label: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda y: y,
+        seed: int = 1,
+    ) -> str:
+        """Write data/{prepare,train,evaluate} as the stages do, with a small model; return its digest."""
+        from pipelines import baseline, model, rows
+        from pipelines.schema import Features, Table
+
+        start, middle, end = map(day, windows)
+        schema = {
+            "as_of": "2013-03-02",
+            "features": FEATURES,
+            "tables": TABLES,
+            "windows": {
+                "train": {"start": start.isoformat(), "end": middle.isoformat(), "rows": 1, "label_rate": 0.5},
+                "validation": {"start": middle.isoformat(), "end": end.isoformat(), "rows": 1, "label_rate": 0.5},
+                "test": {"start": end.isoformat(), "end": day(DAYS).isoformat(), "rows": 1, "label_rate": 0.5},
+            },
+        }
+        declared = {name: Table.model_validate(table) for name, table in TABLES.items()}
+        selected = rows.select(self.tables, None, sql, declared)
+        seen = selected[selected["time"].between(start, middle, inclusive="left")]
+        transform = model.Transform.fit(seen, Features.model_validate(FEATURES))
+        x, y = transform.encode(seen), label(seen["label"].to_numpy("float32"))
+        settings = baseline.HgbParams(iterations=iterations, patience=iterations, learning_rate=0.1, max_leaf_nodes=8)
+        with threadpool_limits(1):  # threads that wait for each other on a busy machine take longer than one
+            fitted = baseline.fit((x, y), (x, y), {1: 3}, settings, seed)
+        data = self.root / "data"
+        write_json(data / "prepare" / "schema.json", schema)
+        model.save(data / "train" / "model", "hgb", baseline.dumps(fitted), transform, schema, sql.encode())
+        digest = model.load(data / "train" / "model").digest
+        scores = {"hgb": {"log_loss": 0.5, "auc": 0.8}}
+        write_json(data / "train" / "result.json", {"summary": "", "candidates": scores, "digest": digest})
+        lines = ["candidate,epoch,train_log_loss,validation_log_loss", "hgb,1,0.7,0.71", "hgb,2,0.6,0.62"]
+        (data / "train" / "history.csv").write_text("\n".join(lines) + "\n")
+        write_json(data / "evaluate" / "metrics.json", {"roc_auc": 0.81, "log_loss": 0.49, "pr_auc": None})
+        write_json(data / "evaluate" / "result.json", {"summary": "", "digest": digest})
+        return digest
+
+    def register(self) -> int:
+        """Register what was trained last; return the version."""
+        from pipelines.register import register
+
+        data = self.root / "data"
+        result = register(data / "train", data / "evaluate", data / "prepare", self.root / "params.yaml")
+        write_json(data / "register" / "result.json", result)
+        return int(result["version"])
+
+    def decide(self) -> dict[str, Any]:
+        """Judge what was registered last; return the step's result."""
+        from pipelines.decide import judge
+
+        data = self.root / "data"
+        return judge(
+            data / "register" / "result.json",
+            self.tables,
+            data / "validate" / "quarantine",
+            data / "prepare" / "test.parquet",
+            data / "decide",
+            self.root / "params.yaml",
+        )
+
+    def bare_version(self, digest: str) -> int:
+        """A registered version without a model, for what only moves it."""
+        client = registry.client()
+        if not (experiments := client.search_experiments(filter_string="name = 'ballast'")):
+            artifacts = (self.root / "var" / "mlflow" / "artifacts").as_uri()
+            client.create_experiment(registry.EXPERIMENT, artifact_location=artifacts)
+            client.create_registered_model(registry.name())
+            experiments = client.search_experiments(filter_string="name = 'ballast'")
+        run_id = client.create_run(experiments[0].experiment_id).info.run_id
+        tags = {registry.DIGEST: digest, registry.LOCK: ""}
+        return int(client.create_model_version(registry.name(), "nowhere", run_id, tags=tags).version)
+
+    def decided(self, version: int, digest: str, verdict: str = "promote") -> str:
+        """A decision of the gate on a version against the champion of now; return the record's hash."""
+        from pipelines import record
+        from pipelines.state import Decision, State
+
+        state = State()
+        facts = {
+            "schema": record.SCHEMA,
+            "verdict": verdict,
+            "summary": f"{verdict.upper()} · for the test",
+            "reasons": ["for the test"],
+            "model": registry.name(),
+            "version": version,
+            "digest": digest,
+            "champion": {"version": state.champion(), "digest": None, "ledger_head": state.head()},
+            "as_of": "2013-03-02",
+            "test": None,
+            "rules": [{"rule": "test", "measured": 1, "needed": 1, "passed": True, "words": "for [the] test"}],
+            "metrics": {},
+            "commit": "unknown",
+            "lock": "",
+            "trigger": {"kind": "laptop"},
+            "actor": "me",
+            "params": {},
+            "decided_at": datetime.now(UTC).isoformat(),
+        }
+        made = record.keep(self.root / "data" / "decide", facts)
+        state.remember(Decision(made, version, verdict, facts["summary"], facts["as_of"], facts["decided_at"]))
+        return made
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: MLflow takes seconds to make one."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        registry.client().search_experiments()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def rows() -> pd.DataFrame:
+    return events()
+
+
+@pytest.fixture
+def project(tmp_path: Path, mlflow_template: Path, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """A project in the working directory, with its own state store and MLflow, apart from any DAG run."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "BALLAST_RUN", "BALLAST_DAG", "BALLAST_TRIGGER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("BALLAST_STATE_URI", raising=False)
+    monkeypatch.setenv("BALLAST_VAR", str(tmp_path / "var"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "var" / "mlflow").mkdir(parents=True)
+    shutil.copy(mlflow_template, tmp_path / "var" / "mlflow" / "mlflow.db")
+    (tmp_path / "params.yaml").write_text(PARAMS)
+    made = Project(tmp_path)
+    made.lay_out(rows)
+    return made
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+from contextlib import closing
+from datetime import date
+from pathlib import Path
+from socket import create_server
+from typing import Any
+
+import pytest
+from conftest import Project
+
+from pipelines import cli, registry
+from pipelines.promote import promote
+from pipelines.state import State
+
+
+@pytest.fixture
+def ballast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command as a user calls it: arguments in; exit code, output and errors out."""
+
+    def call(*arguments: str, answer: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ballast", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{answer}\n"))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def two(project: Project) -> Project:
+    """v1, then v2 became champion; v3 was refused."""
+    for digest, verdict in (("a", "promote"), ("b", "promote"), ("c", "refuse")):
+        version = project.bare_version(digest * 64)
+        made = project.decided(version, digest * 64, verdict)
+        if verdict == "promote":
+            promote(version, made, State())
+    return project
+
+
+def tamper(project: Project) -> None:
+    import sqlite3
+
+    with closing(sqlite3.connect(project.root / "var" / "state.db")) as connection, connection:
+        connection.execute("UPDATE ledger SET reason = 'I was never here' WHERE seq = 1")
+
+
+def test_help_answers_at_once_and_has_an_example_each(project: Project) -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "pipelines.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 3  # a fifth of a second on an idle machine
+    for name in ("status", "history", "explain", "rollback"):
+        assert name in done.stdout
+    heavy = re.findall(r"\| +(mlflow|pandas|sqlalchemy|torch|pydantic|numpy|rich)$", done.stderr, re.MULTILINE)
+    assert heavy == []
+
+
+@pytest.mark.parametrize("name", ["status", "history", "explain", "rollback"])
+def test_help_of_a_command_has_an_example(ballast: Any, name: str) -> None:
+    code, out, _ = ballast(name, "--help")
+    assert code == 0
+    assert f"Example: ballast {name}" in out
+
+
+def test_status_before_anything_happened_says_so(project: Project, ballast: Any) -> None:
+    code, out, _ = ballast("status")
+    assert code == 0
+    assert re.search(r"champion +none yet", out)
+    assert re.search(r"registry +agrees with the ledger", out)
+    assert json.loads(ballast("status", "--json")[1])["champion"] is None
+
+
+def test_status_names_the_champion_and_the_last_verdicts(two: Project, ballast: Any) -> None:
+    code, out, _ = ballast("status")
+    assert code == 0
+    assert re.search(r"champion +v2 since 20\d\d-.* \(as of 2013-03-02\)", out)
+    assert "promoted: PROMOTE · for the test" in out
+    assert re.search(r"verdicts +v3 as of 2013-03-02: REFUSE · for the test", out)
+    assert re.search(r"ledger +2 entries, whole", out)
+    found = json.loads(ballast("status", "--json")[1])
+    assert (found["champion"]["version"], found["previous"]) == (2, 1)
+    assert [decision["version"] for decision in found["decisions"]] == [3, 2, 1]
+    assert found["registry"] == {"agrees": True, "completed": False, "odds": None, "away": None}
+
+
+def test_status_does_without_mlflow(two: Project) -> None:
+    code = (
+        "import sys; from pipelines.cli import app; app(['status'], standalone_mode=False); print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "champion   v2" in done.stdout
+    assert "'mlflow'" not in done.stdout
+
+
+def test_status_names_what_is_up(project: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(create_server(("127.0.0.1", 0))) as up, closing(create_server(("127.0.0.1", 0))) as down:
+        ports = up.getsockname()[1], down.getsockname()[1]
+        monkeypatch.setenv("AIRFLOW_PORT", str(ports[0]))
+        monkeypatch.setenv("MLFLOW_PORT", str(ports[1]))
+        down.close()
+        assert f"Airflow up on :{ports[0]} · MLflow not up on :{ports[1]}" in ballast("status")[1]
+
+
+def test_status_completes_a_promotion_that_was_cut_off(two: Project, ballast: Any) -> None:
+    state = State()
+    state.append("rollback", 1, head=state.head(), reason="r", actor="me", as_of=date(2013, 3, 2))
+    assert registry.aliases()["champion"] == 2
+    assert "a promotion that was cut off is completed" in ballast("status")[1]
+    assert registry.aliases() == {"champion": 1}
+    assert "cut off" not in ballast("status")[1]
+
+
+def test_status_tells_of_an_alias_moved_by_hand_and_repairs_it_when_asked(two: Project, ballast: Any) -> None:
+    registry.client().set_registered_model_alias("late", "champion", "3")
+    _, out, _ = ballast("status")
+    assert "moved by hand: the registry says champion v3, previous v1" in out
+    assert registry.aliases()["champion"] == 3
+    assert "moved by hand" in ballast("history")[1]
+    assert "agrees with the ledger" in ballast("status", "--repair")[1]
+    assert registry.aliases() == {"champion": 2, "previous": 1}
+
+
+def test_status_with_the_registry_away_still_answers(
+    two: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    code, out, _ = ballast("status")
+    assert code == 0
+    assert re.search(r"champion +v2", out)
+    assert "http://127.0.0.1:9 does not answer" in out
+
+
+def test_history_is_one_line_an_event(two: Project, ballast: Any) -> None:
+    code, out, _ = ballast("history")
+    assert code == 0
+    lines = out.splitlines()
+    assert len(lines) == 2
+    assert re.match(r"  1  20\d\d-.* UTC  as of 2013-03-02  promote +none → v1 +PROMOTE · for the test", lines[0])
+    entries = json.loads(ballast("history", "--json")[1])["entries"]
+    assert [entry["to_version"] for entry in entries] == [1, 2]
+
+
+def test_history_of_nothing_says_so(project: Project, ballast: Any) -> None:
+    assert ballast("history")[:2] == (0, "The ledger is empty: no model was promoted yet.\n")
+
+
+def test_history_after_tampering_says_so_and_fails(two: Project, ballast: Any) -> None:
+    tamper(two)
+    code, out, _ = ballast("history")
+    assert code == 1
+    assert "TAMPERED WITH  Entry 1 was changed" in out
+    code, out, _ = ballast("history", "--json")
+    assert (code, json.loads(out)["problems"]) == (1, ["Entry 1 was changed: its hash does not fit what it says."])
+    assert "TAMPERED WITH" in ballast("status")[1]
+
+
+def test_explain_says_what_why_and_when(project: Project, ballast: Any) -> None:
+    project.train()
+    project.register()
+    made = project.decide()
+    promote(made["version"], made["record_sha256"], State())
+    code, out, _ = ballast("explain", "1")
+    assert code == 0
+    for said in (
+        r"late v1 · hgb · model [0-9a-f]{12}",
+        r"served +champion since 20\d\d.*, promoted: PROMOTE · first model · 6 of 6 rules",
+        r"decision +PROMOTE · first model",
+        r"passed  test rows: 840 test rows that no side was trained on, needed: at least 500",
+        r"passed  no champion to beat: first model",
+        r"data +train +2013-01-01 → 2013-02-02  1 rows",
+        r"code +commit unknown",
+        r"started by +laptop",
+        r"test .*roc auc 0.81",
+        r"parameters +seed 1, tabm.width 8, threads 2",
+    ):
+        assert re.search(said, out), (said, out)
+    found = json.loads(ballast("explain", "1", "--json")[1])
+    assert found["champion"] is True
+    assert found["decisions"][0]["record"]["rules"][0]["rule"] == "test rows"
+
+
+def test_explain_of_a_replaced_version_says_by_what(two: Project, ballast: Any) -> None:
+    _, out, _ = ballast("explain", "1")
+    assert re.search(r"served +since .*; until .*, replaced by v2 \(promote: PROMOTE · for the test\)", out)
+    assert re.search(r"for \[the\] test", out)
+    assert re.search(r"served +never", ballast("explain", "3")[1])
+
+
+def test_explain_with_a_lost_record_says_so(two: Project, ballast: Any) -> None:
+    for path in (two.root / "var" / "mlflow" / "artifacts").rglob("decisions/*.json"):
+        path.unlink()
+    code, out, _ = ballast("explain", "2")
+    assert code == 0
+    assert "v2 has no decision record" in out
+
+
+def test_explain_of_an_unknown_version_fails_in_one_line(two: Project, ballast: Any) -> None:
+    assert ballast("explain", "7") == (1, "", "error: The registry has no late v7 (found v1, v2, v3).\n")
+
+
+def test_rollback_asks_and_takes_no_for_an_answer(two: Project, ballast: Any) -> None:
+    code, out, _ = ballast("rollback", "--reason", "odd", answer="n")
+    assert code == 1
+    assert "The champion is v2. Go back to v1?" in out
+    assert State().champion() == 2
+
+
+@pytest.mark.parametrize(("more", "answer"), [(["--yes"], ""), ([], "y"), (["--to", "1", "--yes"], "")])
+def test_rollback_goes_back(two: Project, ballast: Any, more: list[str], answer: str) -> None:
+    code, out, _ = ballast("rollback", "--reason", "odd", *more, answer=answer)
+    assert code == 0
+    assert out.endswith("champion: v2 → v1 · rolled back: odd\n")
+    assert (State().champion(), registry.aliases()) == (1, {"champion": 1})
+
+
+def test_rollback_without_a_champion_fails_in_one_line(project: Project, ballast: Any) -> None:
+    expected = "error: There is no champion to roll back: the ledger is empty.\n"
+    assert ballast("rollback", "--reason", "odd", "--yes") == (1, "", expected)
+
+
+def test_state_that_cannot_be_written_fails_in_one_line(
+    project: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BALLAST_STATE_URI", f"sqlite:///{Path('/proc/none/state.db')}")
+    code, out, err = ballast("status")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: There can be no state store at sqlite:////proc/none/state.db")
+    assert err.count("\n") == 1

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import SQL, Project, read
+
+from pipelines import metrics, params, record, registry
+from pipelines.decide import DecideParams, Side, Verdict, decide
+from pipelines.errors import BallastError
+from pipelines.model import load
+from pipelines.state import GENESIS, State
+
+Labels = np.ndarray[Any, Any]
+
+
+def upside_down(label: Labels) -> Labels:
+    return 1 - label
+
+
+def side(project: Project, version: int = 1, **how: Any) -> Side:
+    project.train(**how)
+    return Side(version, load(project.root / "data" / "train" / "model"))
+
+
+def gate(project: Project, challenger: Side, champion: Side | None = None, **settings: Any) -> Verdict:
+    test = pd.read_parquet(project.root / "data" / "prepare" / "test.parquet")
+    rules = params.load(project.root / "params.yaml", "decide", DecideParams).model_copy(update=settings)
+    return decide(challenger, champion, test, project.tables, project.root / "data" / "validate" / "quarantine", rules)
+
+
+def failed(verdict: Verdict) -> list[str]:
+    return [rule.rule for rule in verdict.rules if not rule.passed]
+
+
+def test_decide_on_a_good_first_model_promotes_by_an_explicit_rule(project: Project) -> None:
+    verdict = gate(project, side(project))
+    assert verdict.summary == "PROMOTE · first model · 6 of 6 rules"
+    assert (verdict.verdict, verdict.reasons) == ("promote", ["first model"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"min_test_rows": 841}, "test rows"),
+        ({"min_test_days": 15}, "test days"),
+        ({"min_auc": 0.95}, "ROC AUC"),
+        ({"max_log_loss": 0.2}, "log loss"),
+        ({"max_calibration_error": 0.001}, "calibration error"),
+    ],
+)
+def test_decide_on_a_first_model_refuses_by_each_rule(project: Project, settings: dict[str, Any], rule: str) -> None:
+    verdict = gate(project, side(project), **settings)
+    assert (verdict.verdict, failed(verdict)) == ("refuse", [rule])
+    assert verdict.summary.endswith("needed: at " + verdict.reasons[0].split("needed: at ")[1] + " · 5 of 6 rules")
+
+
+def test_decide_on_a_better_challenger_promotes(project: Project) -> None:
+    verdict = gate(project, side(project, 2), side(project, 1, iterations=10))
+    assert verdict.verdict == "promote", verdict
+    assert verdict.reasons[0].startswith("better by 0.0")
+    assert verdict.reasons[0].endswith("log loss over 14 days")
+
+
+def test_decide_in_a_hard_month_lets_ceilings_give_way_to_the_champion_only(project: Project) -> None:
+    """Both are over the ceiling: the better one may pass; the worse one, and a first model, may not."""
+    better, worse = side(project, 2), side(project, 1, iterations=10)
+    verdict = gate(project, better, worse, max_log_loss=0.2)
+    assert verdict.verdict == "promote", verdict
+    assert any("or the champion's on these rows" in rule.words for rule in verdict.rules)
+    assert "log loss" in failed(gate(project, worse, better, max_log_loss=0.2))
+    assert failed(gate(project, better, max_log_loss=0.2)) == ["log loss"]
+
+
+@pytest.mark.parametrize("how", [{"iterations": 10}, {"label": upside_down}])
+def test_decide_on_a_worse_challenger_refuses(project: Project, how: dict[str, Any]) -> None:
+    verdict = gate(project, side(project, 2, **how), side(project, 1))
+    assert verdict.verdict == "refuse"
+    assert "better than the champion" in failed(verdict)
+    assert any(reason.startswith("worse by ") for reason in verdict.reasons)
+
+
+def test_decide_on_a_challenger_better_by_chance_refuses(project: Project) -> None:
+    """The same champion and challenger: what 14 days prove, the margin may still ask more than."""
+    challenger, champion = side(project, 2), side(project, 1, iterations=10)
+    proven = gate(project, challenger, champion).rules[-1].measured
+    assert isinstance(proven, float)
+    assert gate(project, challenger, champion, margin=proven * 0.9).verdict == "promote"
+    verdict = gate(project, challenger, champion, margin=proven * 1.1)
+    assert failed(verdict) == ["better than the champion"]
+    assert verdict.reasons[0].startswith("not surely better than the champion: better by ")
+
+
+def test_decide_on_equal_predictions_keeps_the_champion(project: Project) -> None:
+    champion, challenger = side(project, 1), side(project, 2, sql=SQL + " -- in other words")
+    assert champion.model.digest != challenger.model.digest
+    verdict = gate(project, challenger, champion)
+    assert failed(verdict) == ["better than the champion"]
+    assert verdict.reasons == ["equal in log loss over 14 days"]
+
+
+def test_decide_on_the_champion_itself_refuses(project: Project) -> None:
+    verdict = gate(project, side(project, 2), side(project, 1))
+    assert verdict.reasons[0] == "the champion itself"
+
+
+@pytest.mark.parametrize("side_trained", ["champion", "challenger"])
+def test_decide_leaves_out_test_rows_that_a_side_was_trained_on(project: Project, side_trained: str) -> None:
+    late, early = side(project, 1, windows=(0, 40, 52)), side(project, 2)
+    champion, challenger = (late, early) if side_trained == "champion" else (early, late)
+    verdict = gate(project, challenger, champion, min_test_rows=100)
+    assert verdict.comparison is not None
+    assert (len(verdict.comparison.test), verdict.comparison.left_out) == (8 * 60, 6 * 60)
+    assert verdict.comparison.test["time"].min() == pd.Timestamp("2013-02-22", tz="UTC")
+    assert failed(gate(project, challenger, champion, min_test_rows=8 * 60 + 1))[0] == "test rows"
+
+
+def test_decide_without_any_row_new_to_both_refuses(project: Project) -> None:
+    verdict = gate(project, side(project, 2), side(project, 1, windows=(0, 40, 60)))
+    assert verdict.summary == "REFUSE · no test row is new to both models (840 were trained on) · 0 of 1 rules"
+
+
+def test_decide_scores_the_champion_through_its_own_preparation(project: Project) -> None:
+    champion = side(project, 1, sql=SQL.replace("y AS label, x,", "y AS label, 3 - x / 2 AS x,"))
+    verdict = gate(project, side(project, 2), champion)
+    assert verdict.comparison is not None
+    test = verdict.comparison.test
+    own = test.assign(x=3 - test["x"] / 2)
+    np.testing.assert_array_equal(verdict.comparison.champion, champion.model.predict(own))
+    loss = metrics.log_loss_rows(test["label"], champion.model.predict(test)).mean()
+    assert loss > metrics.log_loss_rows(test["label"], verdict.comparison.champion).mean() + 0.1
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(1 / 14, "promote"), (1 / 15, "refuse")])
+def test_decide_where_the_champion_lacks_rows_refuses_above_the_share(
+    project: Project, share: float, verdict: str
+) -> None:
+    champion = side(project, 1, iterations=10, sql=SQL + " WHERE time < '2013-03-01T00:00:00Z'")
+    found = gate(project, side(project, 2), champion, max_unmatched_share=share)
+    assert found.verdict == verdict, found.reasons
+    assert found.comparison is not None
+    assert (len(found.comparison.test), found.comparison.unmatched) == (780, 60)
+
+
+def test_decide_where_the_champion_has_no_row_refuses(project: Project) -> None:
+    champion = side(project, 1, sql=SQL + " WHERE time < '2013-02-10T00:00:00Z'")
+    verdict = gate(project, side(project, 2), champion)
+    assert verdict.reasons == ["the champion's preparation has none of the 840 test rows"]
+
+
+def test_decide_where_the_champion_cannot_be_prepared_refuses(project: Project) -> None:
+    champion = side(project, 1)
+    tables = pd.read_parquet(project.tables / "events" / "all.parquet")
+    tables.drop(columns="c").to_parquet(project.tables / "events" / "all.parquet")
+    test = pd.read_parquet(project.root / "data" / "prepare" / "test.parquet")
+    rules = params.load(project.root / "params.yaml", "decide", DecideParams)
+    verdict = decide(champion, champion, test, project.tables, project.root, rules)
+    assert verdict.verdict == "refuse"
+    assert "lacks the declared columns c" in verdict.summary
+
+
+def test_decide_on_a_challenger_that_gives_no_numbers_refuses(project: Project) -> None:
+    from dataclasses import replace
+
+    good = side(project)
+    broken = replace(good.model, classify=lambda matrix: np.full(len(matrix), np.nan))
+    verdict = gate(project, Side(1, broken))
+    assert verdict.verdict == "refuse"
+    assert "gives no probability for 840 of 840 rows" in verdict.summary
+
+
+def test_decide_on_constant_predictions_refuses(project: Project) -> None:
+    from dataclasses import replace
+
+    constant = replace(side(project).model, classify=lambda matrix: np.full(len(matrix), 0.5))
+    assert "ROC AUC" in failed(gate(project, Side(1, constant)))
+
+
+def test_decide_on_one_class_refuses_without_a_number(project: Project) -> None:
+    path = project.root / "data" / "prepare" / "test.parquet"
+    pd.read_parquet(path).assign(label=np.int8(1)).to_parquet(path)
+    verdict = gate(project, side(project))
+    auc = next(rule for rule in verdict.rules if rule.rule == "ROC AUC")
+    assert (auc.passed, auc.measured) == (False, None)
+
+
+def test_decide_again_gives_the_same_verdict(project: Project) -> None:
+    challenger, champion = side(project, 2), side(project, 1, iterations=10)
+    assert gate(project, challenger, champion).rules == gate(project, challenger, champion).rules
+
+
+def test_judge_keeps_a_record_that_says_what_was_compared_with_what(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BALLAST_TRIGGER", '{"kind": "alert", "reason": "the loss is high | low"}')
+    (project.root / "dvc.lock").write_text("lock")
+    digest = project.train()
+    project.register()
+    result = project.decide()
+    out = project.root / "data" / "decide"
+    facts = read(out / "record.json")
+    assert result["record_sha256"] == hashlib.sha256((out / "record.json").read_bytes()).hexdigest()
+    assert (facts["version"], facts["digest"], facts["as_of"]) == (1, digest, "2013-03-02")
+    assert facts["champion"] == {"version": None, "digest": None, "ledger_head": GENESIS}
+    assert (facts["test"]["rows"], facts["test"]["days"]) == (840, 14)
+    assert (facts["test"]["start"][:10], facts["test"]["end"][:10]) == ("2013-02-16", "2013-03-01")
+    assert (facts["trigger"]["kind"], facts["lock"]) == ("alert", registry.version(1).lock)
+    assert facts["params"]["confidence"] == 0.975
+    assert record.fetch(1, result["record_sha256"]) == facts
+    assert registry.version(1).tags["ballast.verdict"] == "promote"
+    assert registry.version(1).tags["ballast.record"] == result["record_sha256"]
+    kept = State().decision(result["record_sha256"])
+    assert kept is not None
+    assert (kept.version, kept.verdict, kept.summary) == (1, "promote", result["summary"])
+
+
+def test_judge_against_a_champion_names_it_and_the_head_of_the_ledger(project: Project) -> None:
+    from pipelines.promote import promote
+
+    first = project.train(iterations=10)
+    project.register()
+    made = project.decide()
+    assert made["verdict"] == "promote", made
+    promote(made["version"], made["record_sha256"], State())
+    project.train()
+    project.register()
+    made = project.decide()
+    facts = record.fetch(2, made["record_sha256"])
+    assert facts["champion"] == {"version": 1, "digest": first, "ledger_head": State().head()}
+    assert facts["metrics"]["champion"]["log_loss"] > facts["metrics"]["challenger"]["log_loss"]
+    assert made["summary"].startswith("PROMOTE · better by ")
+
+
+def test_record_in_markdown_has_every_rule_in_its_table(project: Project) -> None:
+    project.train(iterations=2)
+    project.register()
+    result = project.decide()
+    text = (project.root / "data" / "decide" / "record.md").read_text()
+    assert text.startswith("# REFUSE: late v1 does not take the place that no model had yet\n")
+    table = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 4]
+    assert len(table) == 6
+    assert sum("**failed**" in line for line in table) == len(result["reasons"]) > 0
+
+
+def test_record_text_with_a_bar_does_not_break_its_table() -> None:
+    rule = {"rule": "a|b", "measured": 1, "needed": None, "passed": True, "words": "c|d"}
+    line = record._rules({"rules": [rule]}).splitlines()[-1]
+    assert line == "| a\\|b | 1 | – | passed | c\\|d |"
+
+
+def test_rows_hash_follows_keys_labels_and_order() -> None:
+    hashes = {
+        record.rows_sha256(*rows)
+        for rows in [(["a", "b"], [0, 1]), (["a", "b"], [1, 0]), (["b", "a"], [0, 1]), (["ab", ""], [0, 1])]
+    }
+    assert len(hashes) == 4
+    assert record.rows_sha256(["a"], np.array([1], dtype="int8")) == record.rows_sha256(["a"], [1])
+
+
+def test_fetch_of_a_changed_record_says_so(project: Project) -> None:
+    version = project.bare_version("a")
+    made = project.decided(version, "a", "refuse")
+    stored = next((project.root / "var" / "mlflow" / "artifacts").rglob(f"{made}.json"))
+    stored.write_text(stored.read_text().replace("refuse", "promote"))
+    with pytest.raises(BallastError, match="was changed"):
+        record.fetch(version, made)
+
+
+def test_fetch_of_a_record_of_another_version_or_form_says_so(project: Project) -> None:
+    first = project.bare_version("a")
+    made = project.decided(first, "a")
+    second = project.bare_version("b")
+    with pytest.raises(BallastError, match="has no decision record"):
+        record.fetch(second, made)
+    registry.attach(second, project.root / "data" / "decide" / "record.json", "decisions")
+    foreign = project.root / f"{made}.json"
+    foreign.write_bytes((project.root / "data" / "decide" / "record.json").read_bytes())
+    registry.attach(second, foreign, "decisions")
+    with pytest.raises(BallastError, match="is of v1, not of v2"):
+        record.fetch(second, made)
+    other = json.dumps({"schema": "another/1"}).encode()
+    digest = hashlib.sha256(other).hexdigest()
+    (project.root / f"{digest}.json").write_bytes(other)
+    registry.attach(second, project.root / f"{digest}.json", "decisions")
+    with pytest.raises(BallastError, match=r"is no ballast.decision/1"):
+        record.fetch(second, digest)

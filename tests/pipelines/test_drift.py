@@ -1,0 +1,296 @@
+"""Drift: real Evidently on small frames whose answers are known by construction."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from pipelines.comparison import Rule, column, compare
+from pipelines.drift import DriftParams, drift, performance_verdict, rules_of
+from pipelines.errors import ParamsError
+from pipelines.files import read_json, write_json
+from pipelines.params import load
+from pipelines.schema import Features
+
+WASSERSTEIN = {"method": "wasserstein", "threshold": 0.3}
+JENSENSHANNON = {"method": "jensenshannon", "threshold": 0.1}
+FEATURES = {"numeric": ["calm", "shifted", "silent", "sparse", "loud", "gone"], "categorical": ["carrier", "tail"]}
+ROWS = 1500
+
+
+def settings(**changes: Any) -> DriftParams:
+    stated = {
+        "max_rows": 1000,
+        "seed": 1,
+        "min_rows": 100,
+        "standard_errors": 2,
+        "numeric": WASSERSTEIN,
+        "categorical": JENSENSHANNON,
+        "columns": {},
+        "prediction": WASSERSTEIN,
+    }
+    return DriftParams.model_validate(stated | changes)
+
+
+def rows(seed: int, start: str, count: int = ROWS) -> pd.DataFrame:
+    """Calibrated predictions over ten days; nothing depends on the seed but the draws."""
+    random = np.random.default_rng(seed)
+    probability = random.beta(2, 6, count)
+    frame = pd.DataFrame(
+        {
+            "key": [f"{seed}-{i}" for i in range(count)],
+            "time": pd.date_range(start, periods=count, freq=f"{10 * 86400 // max(count, 1)}s", tz="UTC"),
+            "label": pd.array((random.random(count) < probability).astype(int), dtype="Int8"),
+            "probability": probability,
+            **{name: random.normal(size=count) for name in FEATURES["numeric"]},
+            "carrier": random.choice(["AA", "B6", "UA"], count),
+            "tail": random.choice(["N1", "N2"], count),
+        }
+    )
+    return frame.astype({"carrier": "str", "tail": "str"})
+
+
+def lay_out(folder: Path, batch: pd.DataFrame, reference: pd.DataFrame, **result: Any) -> Path:
+    folder.mkdir(parents=True)
+    batch.to_parquet(folder / "predictions.parquet")
+    reference.to_parquet(folder / "reference.parquet")
+    scored = {"version": 3, "start": "2013-04-01", "end": "2013-04-11", "rows": len(batch), "features": FEATURES}
+    write_json(folder / "result.json", scored | {"labelled_rows": int(batch["label"].notna().sum())} | result)
+    return folder
+
+
+def references() -> pd.DataFrame:
+    return pd.concat([rows(1, "2013-01-01").assign(window="train"), rows(2, "2013-03-01").assign(window="test")])
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A batch in which one thing of each kind happened."""
+    folder = tmp_path_factory.mktemp("drift")
+    batch, reference = rows(3, "2013-04-01"), references()
+    batch["shifted"] += 1
+    batch["silent"] = np.nan
+    batch.loc[20:, "sparse"] = np.nan
+    batch.loc[:2, "loud"] = [np.inf, -np.inf, np.nan]
+    batch["tail"] = batch["tail"].where(batch.index % 5 > 0)
+    # Inputs answer to the train window and predictions to the test window: the other one is moved here.
+    reference.loc[reference["window"] == "train", "probability"] /= 10
+    reference.loc[reference["window"] == "test", "calm"] += 5
+    score = lay_out(folder / "score", batch.drop(columns="gone"), reference)
+    result = drift(score, folder / "none.json", folder / "out", settings())
+    write_json(folder / "out" / "result.json", result)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def verdict(out: Path) -> dict[str, Any]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((out / "verdict.json").read_text(), parse_constant=refuse)
+
+
+def test_drift_shifted_column_is_moved_by_its_shift(verdict):
+    found = verdict["inputs"]["columns"]["shifted"]
+    assert found["moved"] is True
+    assert found["score"] == pytest.approx(1, abs=0.15)
+    assert (found["method"], found["threshold"]) == ("wasserstein", 0.3)
+
+
+def test_drift_other_draws_of_the_same_are_not_moved(verdict):
+    assert [verdict["inputs"]["columns"][name]["moved"] for name in ("calm", "loud", "carrier")] == [False] * 3
+
+
+def test_drift_predictions_are_compared_with_the_test_window(verdict):
+    assert verdict["predictions"]["moved"] is False
+    assert verdict["predictions"]["mean"] == pytest.approx(0.25, abs=0.02)
+    assert verdict["predictions"]["reference_mean"] == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["silent", "gone"])
+def test_drift_column_without_a_value_is_moved_and_breaks_the_batch(verdict, name):
+    found = verdict["inputs"]["columns"][name]
+    assert (found["moved"], found["score"], found["missing"]) == (True, None, 1.0)
+    assert "empty in the batch" in found["words"]
+    assert name in verdict["data"]["empty"]
+    assert verdict["data"]["broken"] is True
+
+
+def test_drift_few_values_are_not_measured_and_not_counted(verdict):
+    found = verdict["inputs"]["columns"]["sparse"]
+    assert (found["moved"], found["score"]) == (None, None)
+    assert "100 needed" in found["words"]
+    assert verdict["inputs"]["judged"] == 7
+    assert verdict["inputs"]["share"] == pytest.approx(4 / 7)
+
+
+def test_drift_categories_gone_missing_are_moved(verdict):
+    found = verdict["inputs"]["columns"]["tail"]
+    assert found["moved"] is True
+    assert (found["missing"], found["reference_missing"]) == (pytest.approx(0.2), 0.0)
+
+
+def test_drift_summary_names_what_moved_worst_first(out):
+    summary = read_json(out / "result.json")["summary"]
+    assert summary.startswith("data BROKEN (empty: silent, gone) · inputs MOVED (silent, gone, shifted, tail)")
+    assert "predictions not moved · model not worse: log loss 0.499, was 0.503" in summary
+
+
+def test_drift_report_covers_the_measured_columns_by_the_stated_methods(out):
+    stated = {metric["config"]["column"]: metric["config"] for metric in read_json(out / "report.json")["metrics"]}
+    assert set(stated) == {"calm", "shifted", "loud", "carrier", "tail", "probability"}
+    assert (stated["tail"]["method"], stated["tail"]["threshold"]) == ("jensenshannon", 0.1)
+    assert (out / "report.html").stat().st_size > 100_000
+
+
+def test_drift_sample_is_stated(verdict):
+    assert verdict["sample"].startswith("1,000 of 1,500 rows of the batch, 1,000 of 1,500 rows of the train window")
+    assert verdict["sample"].endswith("drawn with seed 1")
+
+
+def test_drift_empty_batch_is_a_finding(tmp_path):
+    score = lay_out(tmp_path / "score", rows(3, "2013-04-01", 0), references())
+    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings())
+    assert result["data"]["empty"] == [*FEATURES["numeric"], *FEATURES["categorical"]]
+    assert result["predictions"]["mean"] is None
+    assert "model not judged: no labels in the batch" in result["summary"]
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_drift_empty_reference_judges_nothing(tmp_path):
+    score = lay_out(tmp_path / "score", rows(3, "2013-04-01"), references().iloc[:0])
+    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings())
+    assert (result["inputs"]["moved"], result["inputs"]["share"], result["data"]["broken"]) == (None, None, False)
+    assert "inputs not measured · predictions not measured" in result["summary"]
+
+
+def test_drift_without_champion_says_so_and_clears_the_last_report(tmp_path):
+    folder, score = tmp_path / "out", tmp_path / "score"
+    write_json(folder / "report.json", {})
+    unscored = {"version": None, "start": "2013-04-01", "end": "2013-05-01", "rows": 0, "labelled_rows": 0}
+    write_json(score / "result.json", unscored)
+    result = drift(score, tmp_path / "none.json", folder, settings())
+    assert result["summary"] == "no champion yet: nothing to compare with"
+    assert [path.name for path in folder.iterdir()] == ["verdict.json"]
+
+
+def test_drift_rejected_data_is_broken(tmp_path):
+    write_json(tmp_path / "score" / "result.json", dict.fromkeys(("version", "start", "end", "rows", "labelled_rows")))
+    found = {"passed": False, "expectations": 14, "warnings": [{}], "quarantined": {"flights": 30, "weather": 1}}
+    write_json(tmp_path / "validate.json", found)
+    data = drift(tmp_path / "score", tmp_path / "validate.json", tmp_path / "out", settings())["data"]
+    assert (data["broken"], data["warnings"], data["quarantined"]) == (True, 1, 31)
+    assert data["words"] == "data BROKEN (rejected by validation)"
+
+
+def test_performance_flipped_labels_are_worse():
+    batch = rows(3, "2013-04-01")
+    batch["label"] = 1 - batch["label"]
+    found = performance_verdict(batch, rows(2, "2013-03-01"), settings())
+    assert found["worse"] is True
+    assert found["rise"] == pytest.approx(found["log_loss"] - found["reference_log_loss"])
+    assert found["rise"] > 10 * found["standard_error"]
+    assert found["auc"] < 0.5 < found["reference_auc"]
+    assert found["words"].startswith("model WORSE: log loss 1.")
+
+
+def test_performance_noise_is_not_worse():
+    """Of ten windows of the same process at most two may look worse at two standard errors (binomial: 0.998)."""
+    reference = rows(2, "2013-03-01")
+    found = [performance_verdict(rows(10 + i, "2013-04-01"), reference, settings())["worse"] for i in range(10)]
+    assert sum(found) <= 2
+
+
+def test_performance_two_bad_days_of_ten_are_uncertain():
+    """They cost much, but days hang together: by rows the same rise would be certain many times over."""
+    batch, reference = rows(3, "2013-04-01"), rows(2, "2013-03-01")
+    batch.loc[batch["time"] < "2013-04-03", "label"] = 1
+    found = performance_verdict(batch, reference, settings())
+    by_row = np.sqrt(2 * 0.5**2 / ROWS)
+    assert found["rise"] > 2 * found["standard_errors"] * by_row
+    assert found["worse"] is False
+    assert found["words"].startswith("model not certainly worse")
+
+
+def test_performance_unlabelled_rows_are_left_out():
+    batch = rows(3, "2013-04-01")
+    batch.loc[100:, "label"] = pd.NA
+    found = performance_verdict(batch, rows(2, "2013-03-01"), settings())
+    assert found["labelled_rows"] == 100
+    batch["label"] = pd.NA
+    assert performance_verdict(batch, rows(2, "2013-03-01"), settings())["measured"] is False
+
+
+def test_performance_one_day_is_not_judged():
+    found = performance_verdict(rows(3, "2013-04-01", 100).head(5), rows(2, "2013-03-01"), settings())
+    assert (found["worse"], found["standard_error"]) == (None, None)
+    assert found["words"].startswith("model not judged: log loss")
+
+
+def test_performance_one_class_has_no_auc():
+    batch = rows(3, "2013-04-01")
+    batch["label"] = 0
+    assert performance_verdict(batch, rows(2, "2013-03-01"), settings())["auc"] is None
+
+
+def test_rules_of_own_rule_of_a_column_wins():
+    own = {"calm": {"method": "psi", "threshold": 0.2}}
+    rules = rules_of(Features.model_validate(FEATURES), settings(columns=own))
+    assert rules["calm"] == Rule(method="psi", threshold=0.2)
+    assert rules["loud"] == Rule(**WASSERSTEIN)
+    assert rules["carrier"] == Rule(**JENSENSHANNON)
+
+
+def test_rules_of_wasserstein_of_categories_is_refused():
+    with pytest.raises(ParamsError, match=r"`carrier` is categorical .* wasserstein.*jensenshannon"):
+        rules_of(Features.model_validate(FEATURES), settings(columns={"carrier": WASSERSTEIN}))
+
+
+def test_params_shipped_rules_fit_the_shipped_features(caplog):
+    shipped = Path(__file__).parents[2] / "params.yaml"
+    features = Features.model_validate(yaml.safe_load(shipped.read_text())["prepare"]["features"])
+    rules = rules_of(features, load(shipped, "drift", DriftParams))
+    assert set(rules) == set(features.names)
+    assert caplog.text == ""  # a rule for a column that is not there would be named
+
+
+@pytest.mark.parametrize("method", ["jensenshannon", "hellinger", "psi", "kl_div"])
+def test_compare_every_method_tells_moved_from_unmoved(method):
+    rule = Rule(method=method, threshold=0.2)
+    batch, reference = rows(3, "2013-04-01"), rows(1, "2013-01-01")
+    batch["shifted"] += 1
+    batch.loc[: ROWS // 2, "tail"] = "N9"
+    columns = [
+        column(name, name in FEATURES["numeric"], rule, batch, reference) for name in ("calm", "shifted", "tail")
+    ]
+    findings, _ = compare(columns, 100)
+    assert {name: finding.moved for name, finding in findings.items()} == {"calm": False, "shifted": True, "tail": True}
+
+
+def test_compare_constant_column_is_measured():
+    same = pd.DataFrame({"calm": np.ones(200)})
+    findings, _ = compare([column("calm", True, Rule(**WASSERSTEIN), same, same)], 100)
+    assert (findings["calm"].moved, findings["calm"].score) == (False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "then", "moved"),
+    [(np.inf, 1.0, True), (np.nan, 1.0, True), (np.nan, np.nan, None), (1.0, np.inf, None)],
+)
+def test_compare_column_without_a_finite_value_is_not_measured(now, then, moved):
+    batch, reference = pd.DataFrame({"calm": [now] * 200}), pd.DataFrame({"calm": [then] * 200})
+    findings, run = compare([column("calm", True, Rule(**WASSERSTEIN), batch, reference)], 100)
+    assert (findings["calm"].moved, findings["calm"].score, run) == (moved, None, None)
+
+
+def test_comparison_import_leaves_evidently_alone():
+    code = "import sys, pipelines.drift, pipelines.page, pipelines.policy; sys.exit('evidently' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

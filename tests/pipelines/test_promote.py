@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+
+import pytest
+from conftest import Project
+
+from pipelines import champion, registry
+from pipelines.errors import BallastError, Conflict
+from pipelines.promote import promote
+from pipelines.rollback import rollback
+from pipelines.state import Decision, State
+
+
+@pytest.fixture
+def served(project: Project) -> Project:
+    """v1, then v2, then v3 became champion."""
+    for digest in ("a", "b", "c"):
+        version = project.bare_version(digest)
+        promote(version, project.decided(version, digest), State())
+    return project
+
+
+def test_promote_on_a_passing_record_moves_ledger_and_aliases(project: Project) -> None:
+    version = project.bare_version("a")
+    made = project.decided(version, "a")
+    result = promote(version, made, State())
+    assert result["summary"] == "champion: none → v1"
+    assert (result["from"], result["to"], result["moved"]) == (None, 1, True)
+    entry = State().ledger()[-1]
+    assert (entry.kind, entry.to_version, entry.record_sha256, entry.as_of) == ("promote", 1, made, "2013-03-02")
+    assert entry.reason == "PROMOTE · for the test"
+    assert registry.aliases() == {"champion": 1}
+    version = project.bare_version("b")
+    assert promote(version, project.decided(version, "b"), State())["summary"] == "champion: v1 → v2"
+    assert registry.aliases() == {"champion": 2, "previous": 1}
+
+
+def test_promote_done_again_changes_nothing(project: Project) -> None:
+    version = project.bare_version("a")
+    made = project.decided(version, "a")
+    promote(version, made, State())
+    before = State().ledger()
+    result = promote(version, made, State())
+    assert (result["moved"], result["summary"]) == (False, "champion: none → v1 · already so")
+    assert State().ledger() == before
+
+
+def test_promote_on_a_refusing_record_is_refused(project: Project) -> None:
+    version = project.bare_version("a")
+    with pytest.raises(BallastError, match="The gate refused v1: for the test"):
+        promote(version, project.decided(version, "a", "refuse"), State())
+    assert (State().ledger(), registry.aliases()) == ([], {})
+
+
+def test_promote_on_a_forged_record_is_refused(project: Project) -> None:
+    """Whoever can write to MLflow can put a record there; the gate does not know it."""
+    version = project.bare_version("a")
+    refused = project.decided(version, "a", "refuse")
+    forged = (project.root / "data" / "decide" / "record.json").read_bytes().replace(b"refuse", b"promote")
+    digest = hashlib.sha256(forged).hexdigest()
+    (project.root / f"{digest}.json").write_bytes(forged)
+    registry.attach(version, project.root / f"{digest}.json", "decisions")
+    registry.set_tags(version, {"ballast.verdict": "promote", "ballast.record": digest})
+    with pytest.raises(BallastError, match=r"no decision .* the record is forged"):
+        promote(version, digest, State())
+    with pytest.raises(BallastError, match="The gate refused v1"):
+        promote(version, refused, State())
+
+
+def test_promote_on_a_record_that_was_changed_is_refused(project: Project) -> None:
+    version = project.bare_version("a")
+    made = project.decided(version, "a")
+    stored = next((project.root / "var" / "mlflow" / "artifacts").rglob(f"{made}.json"))
+    stored.write_text(stored.read_text().replace("for the test", "for money"))
+    with pytest.raises(BallastError, match="was changed"):
+        promote(version, made, State())
+
+
+def test_promote_of_another_version_than_the_records_is_refused(project: Project) -> None:
+    made = project.decided(project.bare_version("a"), "a")
+    other = project.bare_version("b")
+    with pytest.raises(BallastError, match="v2 has no decision record"):
+        promote(other, made, State())
+
+
+def test_promote_of_a_version_whose_model_changed_is_refused(project: Project) -> None:
+    version = project.bare_version("a")
+    made = project.decided(version, "a")
+    registry.set_tags(version, {registry.DIGEST: "other"})
+    with pytest.raises(BallastError, match="The record is of model a, and v1 is other now"):
+        promote(version, made, State())
+
+
+def test_promote_after_the_champion_moved_raises_conflict(project: Project) -> None:
+    first, second = project.bare_version("a"), project.bare_version("b")
+    records = [project.decided(first, "a"), project.decided(second, "b")]
+    promote(first, records[0], State())
+    with pytest.raises(Conflict, match=r"v2 was compared with no champion.*it is v1.*Run decide again"):
+        promote(second, records[1], State())
+    assert (State().champion(), registry.aliases()) == (1, {"champion": 1})
+
+
+def test_promote_on_a_record_used_before_raises_conflict(project: Project) -> None:
+    first, second = project.bare_version("a"), project.bare_version("b")
+    made = project.decided(first, "a")
+    promote(first, made, State())
+    promote(second, project.decided(second, "b"), State())
+    with pytest.raises(Conflict, match="was promoted by this record, and has been replaced since"):
+        promote(first, made, State())
+
+
+def test_promote_after_a_rollback_to_the_same_champion_asks_for_a_new_decision(served: Project) -> None:
+    """The champion is the one of the decision, but it has been away: somebody knows more."""
+    rollback(State(), "to v2")
+    version = served.bare_version("d")
+    made = served.decided(version, "d")
+    other = served.bare_version("e")
+    promote(other, served.decided(other, "e"), State())
+    rollback(State(), "to v2 again")
+    with pytest.raises(Conflict, match="Run decide again"):
+        promote(version, made, State())
+
+
+def test_promote_killed_before_the_aliases_is_completed_by_the_next_call(project: Project) -> None:
+    version = project.bare_version("a")
+    made, state = project.decided(version, "a"), State()
+    state.append("promote", 1, head=state.head(), reason="", actor="", as_of=date(2013, 3, 2), record_sha256=made)
+    assert champion.behind(state)
+    assert champion.moved_by_hand(state) is None
+    assert promote(version, made, state)["moved"] is False
+    assert registry.aliases() == {"champion": 1}
+    assert not champion.behind(state)
+
+
+def test_promote_by_many_at_once_lets_one_win_and_tells_the_others(project: Project) -> None:
+    versions = {project.bare_version(digest): digest for digest in "abcdef"}
+    records = {version: project.decided(version, digest) for version, digest in versions.items()}
+
+    def attempt(version: int) -> str:
+        try:
+            return str(promote(version, records[version], State())["moved"])
+        except Conflict as conflict:
+            return str(conflict)
+
+    with ThreadPoolExecutor(6) as pool:
+        said = list(pool.map(attempt, records))
+    assert said.count("True") == 1
+    assert sum("Run decide again" in one for one in said) == 5
+    assert (len(State().ledger()), State().verify()) == (1, [])
+    assert registry.aliases() == {"champion": State().champion()}
+
+
+def test_rollback_goes_back_by_champions_each_time_further(served: Project) -> None:
+    assert rollback(State(), " bad weather ")["summary"] == "champion: v3 → v2 · rolled back: bad weather"
+    assert registry.aliases() == {"champion": 2, "previous": 1}
+    rollback(State(), "worse")
+    assert registry.aliases() == {"champion": 1}
+    with pytest.raises(BallastError, match="no champion before v1"):
+        rollback(State(), "still")
+    assert [entry.kind for entry in State().ledger()] == ["promote"] * 3 + ["rollback"] * 2
+
+
+def test_rollback_to_a_version_takes_one_that_served(served: Project) -> None:
+    assert rollback(State(), "far back", to=1)["to"] == 1
+    assert rollback(State(), "it was right after all", to=3)["to"] == 3
+    never = served.bare_version("d")
+    with pytest.raises(BallastError, match=r"v4 was never champion .these were: v1, v2, v3."):
+        rollback(State(), "why not", to=never)
+    with pytest.raises(BallastError, match="v3 is the champion already"):
+        rollback(State(), "again", to=3)
+
+
+def test_rollback_without_a_champion_or_a_reason_says_so(project: Project) -> None:
+    with pytest.raises(BallastError, match="the ledger is empty"):
+        rollback(State(), "why")
+    with pytest.raises(BallastError, match="needs a reason"):
+        rollback(State(), "  ")
+
+
+def test_rollback_retried_by_its_dag_run_goes_back_once(served: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BALLAST_DAG", "rollback")
+    monkeypatch.setenv("BALLAST_RUN", "manual__1")
+    assert rollback(State(), "first")["moved"] is True
+    assert rollback(State(), "first")["moved"] is False
+    assert (State().champion(), len(State().ledger())) == (2, 4)
+    monkeypatch.setenv("BALLAST_RUN", "manual__2")
+    assert rollback(State(), "second")["to"] == 1
+
+
+def test_rollback_decided_on_an_older_ledger_raises_conflict(served: Project) -> None:
+    seen = State().head()
+    rollback(State(), "someone was faster")
+    with pytest.raises(Conflict, match="moved meanwhile"):
+        rollback(State(), "late", to=1, head=seen)
+
+
+def test_rollback_to_a_version_that_the_registry_lost_changes_nothing(served: Project) -> None:
+    registry.client().delete_model_version("late", "2")
+    with pytest.raises(BallastError, match="no late v2"):
+        rollback(State(), "back")
+    assert State().champion() == 3
+
+
+def test_alias_moved_by_hand_is_told_apart_from_a_promotion_cut_off(served: Project) -> None:
+    assert champion.moved_by_hand(State()) is None
+    registry.client().set_registered_model_alias("late", "champion", "1")
+    said = champion.moved_by_hand(State())
+    assert said == "the registry says champion v1, previous v2, and the ledger champion v3, previous v2"
+    champion.project(State())
+    assert champion.moved_by_hand(State()) is None
+
+
+def test_decision_of_another_state_store_is_not_promoted(project: Project) -> None:
+    version = project.bare_version("a")
+    made = project.decided(version, "a")
+    other = State(f"sqlite:///{project.root / 'other.db'}")
+    with pytest.raises(BallastError, match="of another state store"):
+        promote(version, made, other)
+    other.remember(Decision(made, version, "promote", "", "2013-03-02", ""))
+    assert promote(version, made, other)["moved"] is True

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from datetime import UTC, date, datetime
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from pipelines.errors import BallastError, Conflict
+from pipelines.state import GENESIS, SCHEMA, Decision, State, champions, today
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> State:
+    monkeypatch.setenv("BALLAST_STATE_URI", uri(tmp_path))
+    return State()
+
+
+def uri(folder: Path) -> str:
+    return f"sqlite:///{folder / 'state.db'}"
+
+
+def add(state: State, *path: tuple[str, int]) -> None:
+    for kind, to in path:
+        state.append(kind, to, head=state.head(), reason="because", actor="me", as_of=date(2013, 4, 1))  # type: ignore[arg-type]
+
+
+def tamper(folder: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(folder / "state.db")) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def race(task: tuple[str, int]) -> list[bool]:
+    """Append once per head that is seen; say which attempts won."""
+    where, version = task
+    state, won = State(where), []
+    for _ in range(5):
+        head = state.head()
+        try:
+            state.append("promote", version, head=head, reason="race", actor=str(version), as_of=date(2013, 4, 1))
+            won.append(True)
+        except Conflict:
+            won.append(False)
+    return won
+
+
+def test_ledger_without_entries_has_no_champion(state: State) -> None:
+    assert (state.champion(), state.previous_champion(), state.head(), state.verify()) == (None, None, GENESIS, [])
+
+
+def test_append_chains_entries_and_moves_the_champion(state: State) -> None:
+    add(state, ("promote", 1), ("promote", 3))
+    first, second = state.ledger()
+    assert (first.prev_hash, second.prev_hash) == (GENESIS, first.hash)
+    assert (first.from_version, second.from_version, second.to_version) == (None, 1, 3)
+    assert (state.champion(), state.previous_champion(), state.verify()) == (3, 1, [])
+
+
+def test_append_on_an_old_head_raises_conflict(state: State) -> None:
+    old = state.head()
+    add(state, ("promote", 1))
+    with pytest.raises(Conflict, match="v1 now"):
+        state.append("promote", 2, head=old, reason="late", actor="me", as_of=date(2013, 4, 1))
+    assert state.champion() == 1
+
+
+def test_append_on_a_head_of_another_ledger_raises_conflict(state: State) -> None:
+    with pytest.raises(Conflict, match="not the ledger"):
+        state.append("promote", 2, head="f" * 64, reason="late", actor="me", as_of=date(2013, 4, 1))
+
+
+def test_ledger_lets_no_two_entries_follow_the_same_one(state: State, tmp_path: Path) -> None:
+    add(state, ("promote", 1))
+    fork = "INSERT INTO ledger SELECT 2, prev_hash, 'x', at, as_of, kind, from_version, 2, reason, actor, NULL FROM ledger"
+    with pytest.raises(sqlite3.IntegrityError, match=r"ledger.prev_hash"):
+        tamper(tmp_path, fork)
+
+
+def test_append_by_eight_processes_at_once_keeps_the_chain_whole(tmp_path: Path) -> None:
+    """The store does not exist yet: its making is part of the race."""
+    with ProcessPoolExecutor(8, mp_context=get_context("fork")) as pool:
+        won = list(pool.map(race, [(uri(tmp_path), version) for version in range(1, 9)]))
+    state = State(uri(tmp_path))
+    ledger = state.ledger()
+    assert state.verify() == []
+    assert len(ledger) == sum(map(sum, won)) >= 5
+    assert [sum(entry.to_version == version for entry in ledger) for version in range(1, 9)] == list(map(sum, won))
+
+
+@pytest.mark.parametrize(
+    ("path", "standing"),
+    [
+        ([("promote", 1), ("promote", 2), ("rollback", 1)], [1]),
+        ([("promote", 1), ("promote", 2), ("promote", 4), ("rollback", 2), ("rollback", 1)], [1]),
+        ([("promote", 1), ("promote", 2), ("promote", 3), ("rollback", 1)], [1]),
+        ([("promote", 1), ("promote", 2), ("rollback", 1), ("promote", 5)], [1, 5]),
+        ([("promote", 1), ("promote", 2), ("rollback", 1), ("rollback", 2)], [1, 2]),
+    ],
+)
+def test_champions_after_rollbacks_are_those_that_still_count(
+    state: State, path: list[tuple[str, int]], standing: list[int]
+) -> None:
+    add(state, *path)
+    assert champions(state.ledger()) == standing
+    assert state.champion() == standing[-1]
+
+
+@pytest.mark.parametrize(
+    ("statements", "said"),
+    [
+        (["UPDATE ledger SET reason = 'nothing to see' WHERE seq = 2"], "Entry 2 was changed"),
+        (["UPDATE ledger SET record_sha256 = 'x' WHERE seq = 3"], "Entry 3 was changed"),
+        (["DELETE FROM ledger WHERE seq = 2"], "missing before entry 3"),
+        (["DELETE FROM ledger WHERE seq = 1"], "missing before entry 2"),
+        (["UPDATE ledger SET prev_hash = 'x' WHERE seq = 3"], "Entry 3 does not follow"),
+    ],
+)
+def test_verify_after_tampering_names_the_entry(state: State, tmp_path: Path, statements: list[str], said: str) -> None:
+    add(state, ("promote", 1), ("promote", 2), ("promote", 3))
+    tamper(tmp_path, *statements)
+    assert any(said in problem for problem in state.verify()), state.verify()
+
+
+def test_verify_after_an_entry_was_forged_with_a_fitting_hash_names_the_next(state: State, tmp_path: Path) -> None:
+    add(state, ("promote", 1), ("promote", 2), ("promote", 3))
+    tamper(tmp_path, "UPDATE ledger SET to_version = 9 WHERE seq = 2")
+    forged = state.ledger()[1].computed_hash()
+    tamper(tmp_path, f"UPDATE ledger SET hash = '{forged}' WHERE seq = 2")
+    assert [problem for problem in state.verify() if "Entry 2" in problem] == []
+    assert any("Entry 3 does not follow" in problem for problem in state.verify())
+
+
+def test_decision_is_found_by_its_record_hash(state: State) -> None:
+    made = Decision("a" * 64, 1, "refuse", "REFUSE", "2013-04-01", "2026-01-01T00:00:00Z")
+    state.remember(made)
+    assert (state.decision("a" * 64), state.decision("b" * 64), state.decisions()) == (made, None, [made])
+
+
+def test_clock_when_set_is_today(state: State) -> None:
+    assert state.clock() is None
+    assert today() == datetime.now(UTC).date()
+    state.set_clock(date(2013, 4, 1))
+    state.set_clock(date(2013, 5, 1))
+    assert state.clock() == today() == date(2013, 5, 1)
+    state.set_clock(None)
+    assert state.clock() is None
+
+
+def test_clock_command_sets_and_prints_the_date(state: State) -> None:
+    command = [sys.executable, "-m", "pipelines.state", "clock"]
+    run = [subprocess.run([*command, *more], capture_output=True, text=True) for more in (["--set", "2013-04-01"], [])]
+    assert [(done.returncode, done.stdout) for done in run] == [(0, "2013-04-01\n")] * 2
+    bad = subprocess.run([*command, "--set", "April"], capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("error: The clock's date must look like 2013-04-01")
+    assert len(bad.stderr.splitlines()) == 1
+
+
+def test_state_written_by_newer_code_is_refused_unchanged(state: State, tmp_path: Path) -> None:
+    tamper(tmp_path, f"UPDATE ballast_schema SET version = {SCHEMA + 1}")
+    with pytest.raises(BallastError, match=f"schema {SCHEMA + 1}, and this Ballast knows no newer than {SCHEMA}"):
+        State()
+
+
+def test_state_half_made_by_a_killed_process_is_completed(state: State, tmp_path: Path) -> None:
+    tamper(tmp_path, "DELETE FROM ballast_schema", "DROP TABLE settings")
+    assert State().clock() is None
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("sqlite:////proc/nowhere/state.db", "BALLAST_STATE_URI or BALLAST_VAR"),
+        ("sqlite:////proc", "cannot be used: unable to open"),
+        ("nonsense", "no database"),
+        ("nodialect://x/y", "no database"),
+    ],
+)
+def test_state_that_cannot_be_written_says_so(broken: str, said: str) -> None:
+    with pytest.raises(BallastError, match=said):
+        State(broken)
+
+
+def test_state_that_is_no_database_says_so(tmp_path: Path) -> None:
+    (tmp_path / "state.db").write_bytes(b"This is not a database, it is a sentence. " * 50)
+    with pytest.raises(BallastError, match="cannot be used: file is not a database"):
+        State(uri(tmp_path))
+
+
+def test_advance_clock_moves_forward_only_and_not_while_unset(state: State) -> None:
+    state.advance_clock(date(2013, 5, 1))
+    assert state.clock() is None
+    state.set_clock(date(2013, 4, 1))
+    state.advance_clock(date(2013, 5, 1))
+    state.advance_clock(date(2013, 2, 1))
+    assert state.clock() == date(2013, 5, 1)
