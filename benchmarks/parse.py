@@ -1,6 +1,6 @@
 """What a look at `dags/` costs: parsing all of them beside the import of Airflow's own SDK.
 
-    python -m benchmarks.parse [--rounds 5]
+python -m benchmarks.parse [--rounds 5]
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SDK = "from airflow.sdk import DAG"
-DAGS = f"{SDK}; import glob, runpy; [runpy.run_path(file) for file in sorted(glob.glob({str(ROOT / 'dags' / '*.py')!r}))]"
+DAGS = (
+    f"{SDK}; import glob, runpy; [runpy.run_path(file) for file in sorted(glob.glob({str(ROOT / 'dags' / '*.py')!r}))]"
+)
 
 
 def seconds(code: str, home: str) -> float:

@@ -78,7 +78,9 @@ def main() -> None:
     try:
         token = sign_in(driver)
         run = newest_run(token, "retrain_scheduled")
-        shoot(driver, f"{AIRFLOW}/dags/retrain_scheduled/runs/{run}?tab=graph", "challenger_ready", "airflow", height=1000)
+        shoot(
+            driver, f"{AIRFLOW}/dags/retrain_scheduled/runs/{run}?tab=graph", "challenger_ready", "airflow", height=1000
+        )
         shoot(driver, f"{MLFLOW}/#/models/flight_delays", "champion", "mlflow", height=700)
         report = max((ROOT / "var" / "reports" / "monitor").iterdir())
         shoot(driver, (report / "index.html").as_uri(), "retrain", "monitor", width=1200, height=1400)

@@ -39,7 +39,7 @@ def as_of(path: Path) -> date:
     """The as-of date of the run: nothing on or after its midnight (UTC) may be seen."""
     value = _read(path).get("as_of")
     try:
-        return date.fromisoformat(value)
+        return date.fromisoformat(value or "")
     except (TypeError, ValueError):
         raise ParamsError(f'{path}: `as_of` must be a quoted date such as "2013-04-01" (found {value!r}).') from None
 

@@ -39,8 +39,7 @@ def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
 
 def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     """The record, if it is the gate's own, of this version and model, and passing."""
-    made = state.decision(record_sha256)
-    if made is None:
+    if state.decision(record_sha256) is None:
         raise BallastError(
             f"The gate has made no decision {record_sha256[:12]}: the record is forged, or of another state store. "
             f"Run decide for v{version}."
@@ -50,7 +49,7 @@ def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
         raise BallastError(
             f"The record is of model {facts['digest'][:12]}, and v{version} is {found[:12]} now. Run decide again."
         )
-    if {made.verdict, facts["verdict"]} != {"promote"}:
+    if facts["verdict"] != "promote":
         raise BallastError(f"The gate refused v{version}: {'; '.join(facts['reasons'])}. A refused version stays out.")
     return facts
 

@@ -68,9 +68,7 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) ->
             _set_as_of(part / "params.yaml", as_of)
     began = params.as_of(root / "params.yaml")
     if as_of and as_of != began:
-        raise BallastError(
-            f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date."
-        )
+        raise BallastError(f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date.")
     return Workspace(root, commit, began)
 
 
@@ -184,5 +182,5 @@ def _set_as_of(file: Path, as_of: date) -> None:
     """Set the date in place: the rest of the file, comments too, stays as it was committed."""
     text, count = re.subn(r"(?m)^as_of:[ \t]*\S+", f'as_of: "{as_of}"', file.read_text())
     if count != 1:
-        raise BallastError(f"params.yaml must have one line `as_of: \"<date>\"` (found {count}).")
+        raise BallastError(f'params.yaml must have one line `as_of: "<date>"` (found {count}).')
     file.write_text(text)

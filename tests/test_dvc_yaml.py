@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,11 @@ def test_stage_has_one_name_everywhere(stage: str) -> None:
     spec = STAGES[stage]
     assert spec["cmd"].startswith(f"python -m pipelines.{stage} ")
     assert spec["cmd"].endswith(f" --out data/{stage}")
-    outs = [next(iter(out)) if isinstance(out, dict) else out for key in ("outs", "metrics", "plots") for out in spec.get(key, [])]
+    outs = [
+        next(iter(out)) if isinstance(out, dict) else out
+        for key in ("outs", "metrics", "plots")
+        for out in spec.get(key, [])
+    ]
     assert all(out.startswith(f"data/{stage}/") for out in outs)
     assert f"data/{stage}/result.json" in outs
     assert (PROJECT / "tests" / "pipelines" / f"test_{stage}.py").exists()
@@ -74,8 +79,7 @@ def test_stage_has_one_name_everywhere(stage: str) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_command_names_only_paths_it_depends_on_or_makes(stage: str) -> None:
     spec = STAGES[stage]
-    words = spec["cmd"].split()
-    paths = {value for option, value in zip(words, words[1:], strict=False) if option.startswith("--")} - {"params.yaml"}
+    paths = set(re.findall(r"--(?!params)\S+ (\S+)", spec["cmd"]))
     known = [*spec["deps"], f"data/{stage}"]
     unknown = [path for path in paths if not any(dep == path or dep.startswith(f"{path}/") for dep in known)]
     assert not unknown, f"dvc.yaml: the command of `{stage}` reads {unknown}, which is not among its deps"

@@ -222,6 +222,12 @@ def test_rollback_goes_back(two: Project, ballast: Any, more: list[str], answer:
     assert (State().champion(), registry.aliases()) == (1, {"champion": 1})
 
 
+def test_rollback_to_a_named_version_takes_that_one(two: Project, ballast: Any) -> None:
+    ballast("rollback", "--reason", "odd", "--yes")
+    code, out, _ = ballast("rollback", "--reason", "it was right", "--to", "2", "--yes")
+    assert (code, out) == (0, "champion: v1 → v2 · rolled back: it was right\n")
+
+
 def test_rollback_without_a_champion_fails_in_one_line(project: Project, ballast: Any) -> None:
     expected = "error: There is no champion to roll back: the ledger is empty.\n"
     assert ballast("rollback", "--reason", "odd", "--yes") == (1, "", expected)

@@ -77,7 +77,8 @@ def test_append_on_a_head_of_another_ledger_raises_conflict(state: State) -> Non
 
 def test_ledger_lets_no_two_entries_follow_the_same_one(state: State, tmp_path: Path) -> None:
     add(state, ("promote", 1))
-    fork = "INSERT INTO ledger SELECT 2, prev_hash, 'x', at, as_of, kind, from_version, 2, reason, actor, NULL FROM ledger"
+    copied = "at, as_of, kind, from_version, to_version, reason, actor, record_sha256"
+    fork = f"INSERT INTO ledger SELECT 2, prev_hash, 'x', {copied} FROM ledger"
     with pytest.raises(sqlite3.IntegrityError, match=r"ledger.prev_hash"):
         tamper(tmp_path, fork)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ballast_operators
 import pytest
 from airflow.sdk import DAG, Asset
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.utils.types import DagRunType
+
+import ballast_operators
 from ballast_operators import StepOperator, as_of_date, challenger, events, interval_start, trigger
 
 pytestmark = [
@@ -198,13 +199,19 @@ def test_as_of_run_by_hand_asks_the_clock() -> None:
 def test_as_of_coalesced_events_take_the_latest_date() -> None:
     extras = ({"as_of": "2013-06-01"}, {"as_of": "2013-05-01"})
     assert as_of_date(context(DagRunType.ASSET_TRIGGERED, extras)) == "2013-06-01"
-    assert [event["as_of"] for event in events(context(DagRunType.ASSET_TRIGGERED, extras))] == ["2013-06-01", "2013-05-01"]
+    assert [event["as_of"] for event in events(context(DagRunType.ASSET_TRIGGERED, extras))] == [
+        "2013-06-01",
+        "2013-05-01",
+    ]
 
 
 def test_interval_start_without_a_date_is_the_month_before() -> None:
     assert interval_start(context(DagRunType.MANUAL, as_of="2013-05-01")) == ["--start", "2013-04-01"]
     assert interval_start(context(DagRunType.BACKFILL_JOB)) == ["--start", "2013-03-01"]
-    assert interval_start(context(DagRunType.MANUAL, as_of="2013-05-01", start="2013-04-15")) == ["--start", "2013-04-15"]
+    assert interval_start(context(DagRunType.MANUAL, as_of="2013-05-01", start="2013-04-15")) == [
+        "--start",
+        "2013-04-15",
+    ]
     assert date.fromisoformat(interval_start(context(DagRunType.MANUAL, as_of="2013-01-01"))[1]) == date(2012, 12, 1)
 
 

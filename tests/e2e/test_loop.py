@@ -1,0 +1,166 @@
+"""The real stack in a clean clone: Airflow and MLflow started, one turn of the loop taken, a rollback, all of it ended."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import PROJECT, clean_environment
+
+pytestmark = pytest.mark.e2e
+STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Stack:
+    """A clone of HEAD with a stack of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        subprocess.run(["git", "clone", "-q", str(PROJECT), str(root)], check=True)
+        ports = {"AIRFLOW_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())}
+        self.mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}"
+        self.env = clean_environment(**ports)
+
+    def python(self, *arguments: str, check: bool = True, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=timeout_s,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def ballast(self, *arguments: str) -> Any:
+        """A command of `ballast` with `--json`, read; MLflow is the stack's."""
+        code = "from pipelines.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments, "--json"],
+            cwd=self.root, env={**self.env, "MLFLOW_TRACKING_URI": self.mlflow}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return json.loads(done.stdout)
+
+    def processes(self) -> list[str]:
+        """Processes that work in the clone, or carry its Airflow home."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = str(self.root) in str((process / "cwd").readlink())
+                mine = mine or str(self.root) in (process / "environ").read_text(errors="replace")
+                if mine:
+                    found.append((process / "cmdline").read_text().replace("\0", " "))
+            except OSError:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    stack = Stack(tmp_path_factory.mktemp("loop") / "project")
+    try:
+        stack.python("-m", "pipelines.stack", "up")
+        yield stack
+    finally:
+        stack.python("-m", "pipelines.stack", "down", check=False)
+
+
+@pytest.fixture(scope="module")
+def turned(stack: Stack) -> str:
+    """What the first turn of the loop prints."""
+    return stack.python("-m", "pipelines.turn").stdout
+
+
+def airflow(stack: Stack) -> Any:
+    """A client of the stack's Airflow, made in its environment."""
+    code = (
+        "import json, sys; from pipelines import embedded; client = embedded.airflow(30);"
+        "run = client.trigger('retrain_on_alert', sys.argv[1], json.loads(sys.argv[2]));"
+        "import time\n"
+        "while not (run := client.run(run.dag_id, run.run_id)).over: time.sleep(0.5)\n"
+        "tasks = {task.task_id: (task.state, client.result(run, task.task_id)) for task in client.tasks(run)};"
+        "print(json.dumps([run.state, tasks], default=str))"
+    )
+
+    def retrain(run_id: str, conf: dict[str, Any]) -> Any:
+        return json.loads(stack.python("-c", code, run_id, json.dumps(conf)).stdout.splitlines()[-1])
+
+    return retrain
+
+
+def test_turn_trains_and_promotes_the_first_champion(stack: Stack, turned: str) -> None:
+    assert "PROMOTE · first model" in turned
+    assert "champion: none → v1" in turned
+    assert "monitor · April 2013" in turned
+    history = stack.ballast("history")
+    first = history["entries"][0]
+    assert (first["kind"], first["to_version"], first["as_of"]) == ("promote", 1, "2013-04-01")
+    assert not history["problems"]
+
+
+def test_turn_champion_is_what_the_ledger_and_the_alias_say(stack: Stack, turned: str) -> None:
+    status = stack.ballast("status")
+    assert status["registry"]["agrees"] is True
+    assert f"v{status['champion']['version']} since" in turned
+    code = "import mlflow, sys; print(mlflow.MlflowClient().get_model_version_by_alias('flight_delays', 'champion').version)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**stack.env, "MLFLOW_TRACKING_URI": stack.mlflow}, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(status["champion"]["version"])
+
+
+def test_turn_model_serves_raw_rows_as_pyfunc(stack: Stack, turned: str) -> None:
+    code = """
+import mlflow, pandas as pd, glob
+rows = pd.read_parquet(glob.glob("var/runs/retrain_scheduled/*/data/prepare/test.parquet")[0])[:100]
+model = mlflow.pyfunc.load_model("models:/flight_delays/1")
+wanted = model.metadata.get_input_schema().input_names()
+print(model.predict(rows[wanted]).mean())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=stack.root, env={**stack.env, "MLFLOW_TRACKING_URI": stack.mlflow}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0.05 < float(done.stdout) < 0.6
+
+
+def test_turn_again_shows_the_same_and_starts_nothing(stack: Stack, turned: str) -> None:
+    before = stack.ballast("history")
+    began = time.monotonic()
+    again = stack.python("-m", "pipelines.turn").stdout
+    assert time.monotonic() - began < 60, "a second turn only reads"
+    assert "PROMOTE · first model" in again
+    assert stack.ballast("history") == before
+
+
+def test_alert_retraining_on_known_data_is_cached_and_makes_no_second_version(stack: Stack, turned: str) -> None:
+    state, tasks = airflow(stack)("alert-f1", {"as_of": "2013-04-01", "alert": {"fingerprint": "f1"}, "reason": "it fell"})
+    assert state == "success"
+    assert all(tasks[stage][1]["cached"] for stage in STAGES if stage != "land")
+    assert tasks["register"][1]["version"] == 1
+    assert tasks["register"][1]["created"] is False
+    assert (tasks["refused"][0], tasks["challenger_ready"][0]) == ("success", "skipped")
+
+
+def test_rollback_without_a_champion_before_is_refused_plainly(stack: Stack, turned: str) -> None:
+    if stack.ballast("status")["champion"]["version"] != 1:
+        pytest.skip("the turn promoted a second champion: there is one to go back to")
+    done = stack.python("-m", "pipelines.cli", "rollback", "--reason", "a test", "--yes", check=False)
+    assert done.returncode == 1
+
+
+def test_down_leaves_no_process(stack: Stack, turned: str) -> None:
+    stack.python("-m", "pipelines.stack", "down")
+    assert stack.processes() == []
