@@ -6,7 +6,6 @@ Everything heavy is imported by the command that needs it: ``--help`` answers at
 from __future__ import annotations
 
 import json
-import os
 import socket
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +52,8 @@ def status(
         "ledger": {"entries": len(ledger), "problems": problems},
         "registry": registry,
         "clock": str(state.clock() or "wall"),
-        "services": {name: _is_up(port) for name, port in _ports().items()},
+        "services": (services := {name: _is_up(port) for name, port in _ports().items()}),
+        "runs": _last_runs() if services["airflow"] else {},
     }
     _print_json(found) if as_json else _show_status(found)
 
@@ -88,10 +88,25 @@ def _champion(ledger: list[Entry]) -> dict[str, Any] | None:
 
 
 def _ports() -> dict[str, int]:
-    return {name: int(os.environ.get(f"{name.upper()}_PORT") or port) for name, port in _DEFAULT_PORTS.items()}
+    from pipelines import embedded
+
+    return {"airflow": embedded.airflow_port(), "mlflow": embedded.mlflow_port()}
 
 
-_DEFAULT_PORTS = {"airflow": 8080, "mlflow": 5000}
+def _last_runs() -> dict[str, dict[str, str]]:
+    """The last run of each DAG that has one; none if Airflow is not up, or is not ours to ask."""
+    from pipelines import embedded
+
+    try:
+        client = embedded.airflow()
+        runs = {dag["dag_id"]: client.last_run(dag["dag_id"]) for dag in client.dags()}
+    except BallastError:
+        return {}
+    return {
+        dag: {"run": run.run_id, "state": run.state, "ended": run.ended.isoformat() if run.ended else ""}
+        for dag, run in sorted(runs.items())
+        if run
+    }
 
 
 def _is_up(port: int) -> bool:
@@ -125,6 +140,9 @@ def _show_status(found: dict[str, Any]) -> None:
     _line(out, "registry", _registry_words(registry))
     if found["clock"] != "wall":
         _line(out, "clock", f"{found['clock']} (the example's)")
+    for number, (dag, run) in enumerate(found["runs"].items()):
+        ended = f", {_when(run['ended'])}" if run["ended"] else ""
+        _line(out, "" if number else "last runs", f"{dag}: {run['state']}{ended}")
     ports = _ports()
     up = [
         f"{_NAMES[name]} {'up on' if is_up else 'not up on'} :{ports[name]}"

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tabm
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +47,8 @@ class Network(nn.Module):
     missing: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
+        import tabm  # it brings scikit-learn along: a second that loading a model need not wait
+
         super().__init__()
         self.config = config
         self.register_buffer("missing", torch.tensor(config.missing, dtype=torch.long))
