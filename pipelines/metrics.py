@@ -66,18 +66,14 @@ def calibration_error(label: npt.ArrayLike, probability: npt.ArrayLike, bins: in
 
 def roc_curve(label: npt.ArrayLike, probability: npt.ArrayLike, points: int = 200) -> pd.DataFrame:
     """At most ``points`` points (``fpr``, ``tpr``) of the ROC curve, its two ends among them."""
-    from sklearn import metrics
-
-    fpr, tpr, _ = metrics.roc_curve(*_two_classes(label, probability))
-    return _thinned(pd.DataFrame({"fpr": fpr, "tpr": tpr}), points)
+    hits, alarms = _counts(*_two_classes(label, probability))
+    return _thinned(pd.DataFrame({"fpr": alarms / alarms[-1], "tpr": hits / hits[-1]}), points)
 
 
 def precision_recall_curve(label: npt.ArrayLike, probability: npt.ArrayLike, points: int = 200) -> pd.DataFrame:
     """At most ``points`` points (``recall``, ``precision``) by rising recall, the two ends among them."""
-    from sklearn import metrics
-
-    precision, recall, _ = metrics.precision_recall_curve(*_two_classes(label, probability))
-    return _thinned(pd.DataFrame({"recall": recall[::-1], "precision": precision[::-1]}), points)
+    hits, alarms = _counts(*_two_classes(label, probability))
+    return _thinned(pd.DataFrame({"recall": hits / hits[-1], "precision": _precision(hits, alarms)}), points)
 
 
 def bootstrap_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int, draws: int = 2000) -> Floats:
@@ -98,15 +94,33 @@ def bootstrap_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int, draw
     return means
 
 
-def _ranking(label: Floats, probability: Floats) -> dict[str, float]:
-    from sklearn import metrics
+# Counted here and not by scikit-learn, whose import takes a second that each run of evaluate and decide would wait;
+# the tests hold these to its numbers.
 
+
+def _ranking(label: Floats, probability: Floats) -> dict[str, float]:
+    """The area under the ROC curve, and the average precision: precision weighed by the recall it adds."""
     if label.min() == label.max():
         return {"roc_auc": float("nan"), "pr_auc": float("nan")}
+    hits, alarms = _counts(label, probability)
     return {
-        "roc_auc": float(metrics.roc_auc_score(label, probability)),
-        "pr_auc": float(metrics.average_precision_score(label, probability)),
+        "roc_auc": float(np.trapezoid(hits / hits[-1], alarms / alarms[-1])),
+        "pr_auc": float(np.diff(hits / hits[-1]) @ _precision(hits, alarms)[1:]),
     }
+
+
+def _counts(label: Floats, probability: Floats) -> tuple[Floats, Floats]:
+    """True and false positives above each distinct probability from the highest down, beginning with none."""
+    order = np.argsort(-probability, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(probability[order])), len(label) - 1)
+    hits = np.concatenate([[0.0], np.cumsum(label[order])[ends]])
+    return hits, np.concatenate([[0.0], ends + 1.0]) - hits
+
+
+def _precision(hits: Floats, alarms: Floats) -> Floats:
+    """Precision at each count; 1 by convention where nothing is predicted yet."""
+    precision: Floats = np.divide(hits, hits + alarms, out=np.ones_like(hits), where=hits + alarms > 0)
+    return precision
 
 
 def _decisions(label: Floats, predicted: npt.NDArray[np.bool_]) -> dict[str, float]:
