@@ -14,8 +14,10 @@ import urllib.request
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
-from selenium.webdriver.support.expected_conditions import presence_of_element_located
+from selenium.webdriver.support.expected_conditions import text_to_be_present_in_element
 from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,17 +39,25 @@ def browser() -> webdriver.Chrome:
     return webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
 
 
-def shoot(driver: webdriver.Chrome, url: str, text: str, name: str, width: int = 1400, height: int = 900) -> None:
-    """Open a page, wait until it shows ``text``, and keep a picture of it."""
-    driver.set_window_size(width, height)
+def shoot(driver: webdriver.Chrome, name: str, url: str, text: str, size: tuple[int, int], click: str = "") -> None:
+    """Open a page, wait until it shows ``text``, press the button labelled ``click``, and keep a picture."""
+    driver.set_window_size(*size)
     driver.get(url)
-    found = (By.XPATH, f"//*[contains(text(), {text!r})]")
-    WebDriverWait(driver, WAIT_S).until(presence_of_element_located(found), f"{url} does not show {text!r}")
-    driver.implicitly_wait(0)
-    webdriver.ActionChains(driver).pause(2).perform()  # graphs settle after their text is there
+    wait = WebDriverWait(driver, WAIT_S, ignored_exceptions=[StaleElementReferenceException])
+    wait.until(text_to_be_present_in_element((By.TAG_NAME, "body"), text), f"{url} does not show {text!r}")
+    if click:
+        driver.find_element(By.XPATH, f"//button[starts-with(@aria-label, {click!r})]").click()
+    ActionChains(driver).pause(3).perform()  # graphs settle after their text is there
     IMAGES.mkdir(exist_ok=True)
     driver.save_screenshot(str(IMAGES / f"{name}.png"))
     print(f"docs/images/{name}.png")
+
+
+def remember(driver: webdriver.Chrome, url: str, **settings: str) -> None:
+    """Set what a page would remember of an earlier visit."""
+    driver.get(url)
+    for key, value in settings.items():
+        driver.execute_script("localStorage.setItem(arguments[0], arguments[1])", key, value)
 
 
 def sign_in(driver: webdriver.Chrome) -> str:
@@ -77,13 +87,15 @@ def main() -> None:
     driver = browser()
     try:
         token = sign_in(driver)
-        run = newest_run(token, "retrain_scheduled")
-        shoot(
-            driver, f"{AIRFLOW}/dags/retrain_scheduled/runs/{run}?tab=graph", "challenger_ready", "airflow", height=1000
-        )
-        shoot(driver, f"{MLFLOW}/#/models/flight_delays", "champion", "mlflow", height=700)
+        wide = {"details-panel,main-panel": {"expandToSizes": {}, "layout": [82, 18]}}
+        remember(driver, AIRFLOW, **{"react-resizable-panels:graph-ltr": json.dumps(wide)})
+        run = f"{AIRFLOW}/dags/retrain_scheduled/runs/{newest_run(token, 'retrain_scheduled')}"
+        shoot(driver, "airflow", run, "challenger_ready", (1600, 700), click="Show Graph")
+        assistant = {"fab.autoOpenedOnFirstLoad_v1": "true", "panelOpen_v1": "false"}
+        remember(driver, MLFLOW, **{f"mlflow.assistant.{key}": value for key, value in assistant.items()})
+        shoot(driver, "mlflow", f"{MLFLOW}/#/models/flight_delays", "champion", (1500, 900))
         report = max((ROOT / "var" / "reports" / "monitor").iterdir())
-        shoot(driver, (report / "index.html").as_uri(), "retrain", "monitor", width=1200, height=1400)
+        shoot(driver, "monitor", (report / "index.html").as_uri(), "Is the model worse?", (1200, 1300))
     finally:
         driver.quit()
 

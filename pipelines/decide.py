@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,10 +59,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Side:
-    """A version that stands at the gate."""
+    """A version that stands at the gate; its model is loaded when it is first asked for, which takes seconds."""
 
     version: int
-    model: Model
+    digest: str
+    load: Callable[[], Model]
+
+    @cached_property
+    def model(self) -> Model:
+        """The model, verified."""
+        return self.load()
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,8 @@ def decide(
     challenger: Side, champion: Side | None, test: pd.DataFrame, tables: Path, quarantine: Path, params: DecideParams
 ) -> Verdict:
     """Judge the challenger on the ``test`` rows that neither side was trained on."""
+    if champion and challenger.digest == champion.digest:
+        return Verdict([_another(challenger, champion)], None)
     try:
         comparison = _compare(challenger, champion, test, tables, quarantine)
     except BallastError as error:
@@ -192,9 +201,7 @@ def _number(value: float) -> float | None:
 
 
 def _relative(found: Comparison, challenger: Side, champion: Side, params: DecideParams) -> Iterator[Rule]:
-    ours, theirs = challenger.model.digest, champion.model.digest
-    words = "another model than the champion" if ours != theirs else "the champion itself"
-    yield Rule("another model", ours[:12], f"not {theirs[:12]}", ours != theirs, words)
+    yield _another(challenger, champion)
     total = len(found.test) + found.unmatched
     share = found.unmatched / total
     words = f"the champion's preparation lacks {found.unmatched:,} of {total:,} test rows, needed: at most "
@@ -202,6 +209,12 @@ def _relative(found: Comparison, challenger: Side, champion: Side, params: Decid
     yield Rule("matched rows", share, params.max_unmatched_share, share <= params.max_unmatched_share, words)
     if found.champion is not None:
         yield _better(found, found.champion, params)
+
+
+def _another(challenger: Side, champion: Side) -> Rule:
+    ours, theirs = challenger.digest, champion.digest
+    words = "another model than the champion" if ours != theirs else "the champion itself"
+    return Rule("another model", ours[:12], f"not {theirs[:12]}", ours != theirs, words)
 
 
 def _better(found: Comparison, champion: Floats, params: DecideParams) -> Rule:
@@ -247,7 +260,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
 def _side(version: int) -> Side:
     from pipelines.model import load
 
-    return Side(version, load(registry.model(version)))
+    return Side(version, registry.version(version).digest, lambda: load(registry.model(version)))
 
 
 def _facts(
@@ -267,10 +280,10 @@ def _facts(
         "reasons": verdict.reasons,
         "model": registry.name(),
         "version": challenger.version,
-        "digest": challenger.model.digest,
+        "digest": challenger.digest,
         "champion": {
             "version": champion.version if champion else None,
-            "digest": champion.model.digest if champion else None,
+            "digest": champion.digest if champion else None,
             "ledger_head": ledger[-1].hash if ledger else GENESIS,
         },
         "as_of": as_of.isoformat(),

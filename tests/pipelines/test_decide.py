@@ -12,7 +12,7 @@ from conftest import SQL, Project, read
 from pipelines import metrics, params, record, registry
 from pipelines.decide import DecideParams, Side, Verdict, decide
 from pipelines.errors import BallastError
-from pipelines.model import load
+from pipelines.model import Model, load
 from pipelines.state import GENESIS, State
 
 Labels = np.ndarray[Any, Any]
@@ -24,7 +24,11 @@ def upside_down(label: Labels) -> Labels:
 
 def side(project: Project, version: int = 1, **how: Any) -> Side:
     project.train(**how)
-    return Side(version, load(project.root / "data" / "train" / "model"))
+    return standing(load(project.root / "data" / "train" / "model"), version)
+
+
+def standing(model: Model, version: int = 1) -> Side:
+    return Side(version, model.digest, lambda: model)
 
 
 def gate(project: Project, challenger: Side, champion: Side | None = None, **settings: Any) -> Verdict:
@@ -153,12 +157,12 @@ def test_decide_where_the_champion_has_no_row_refuses(project: Project) -> None:
 
 
 def test_decide_where_the_champion_cannot_be_prepared_refuses(project: Project) -> None:
-    champion = side(project, 1)
+    champion, challenger = side(project, 1), side(project, 2, iterations=10)
     tables = pd.read_parquet(project.tables / "events" / "all.parquet")
     tables.drop(columns="c").to_parquet(project.tables / "events" / "all.parquet")
     test = pd.read_parquet(project.root / "data" / "prepare" / "test.parquet")
     rules = params.load(project.root / "params.yaml", "decide", DecideParams)
-    verdict = decide(champion, champion, test, project.tables, project.root, rules)
+    verdict = decide(challenger, champion, test, project.tables, project.root, rules)
     assert verdict.verdict == "refuse"
     assert "lacks the declared columns c" in verdict.summary
 
@@ -168,7 +172,7 @@ def test_decide_on_a_challenger_that_gives_no_numbers_refuses(project: Project) 
 
     good = side(project)
     broken = replace(good.model, classify=lambda matrix: np.full(len(matrix), np.nan))
-    verdict = gate(project, Side(1, broken))
+    verdict = gate(project, standing(broken))
     assert verdict.verdict == "refuse"
     assert "gives no probability for 840 of 840 rows" in verdict.summary
 
@@ -177,7 +181,7 @@ def test_decide_on_constant_predictions_refuses(project: Project) -> None:
     from dataclasses import replace
 
     constant = replace(side(project).model, classify=lambda matrix: np.full(len(matrix), 0.5))
-    assert "ROC AUC" in failed(gate(project, Side(1, constant)))
+    assert "ROC AUC" in failed(gate(project, standing(constant)))
 
 
 def test_decide_on_one_class_refuses_without_a_number(project: Project) -> None:
