@@ -67,9 +67,12 @@ class Project:
         self.git("commit", "-qm", "stages", "--allow-empty")
 
     def command(self, step: str, run_id: str = "r1", as_of: str = "2013-05-01") -> list[str]:
-        here = f"import sys; sys.argv[0] = 'pipelines.run'; import pipelines.places as p, pathlib; " \
-               f"p.ROOT = pathlib.Path({str(self.root)!r}); import pipelines.run as r; " \
-               f"from pipelines.errors import exit_with; exit_with(r.main)"
+        # the runner's own main, on this project instead of the one it lies in
+        here = (
+            "import pathlib, sys; sys.argv[0] = 'pipelines.run'\n"
+            f"import pipelines.places; pipelines.places.ROOT = pathlib.Path({str(self.root)!r})\n"
+            "from pipelines import errors, run; errors.exit_with(run.main)"
+        )
         return [sys.executable, "-c", here, step, "--dag-id", "d", "--run-id", run_id, "--as-of", as_of]
 
     def environment(self) -> dict[str, str]:
