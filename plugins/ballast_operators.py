@@ -99,25 +99,19 @@ class StepOperator(BaseOperator, BranchMixIn):
 
     def _stream(self, command: list[str], env: dict[str, str]) -> tuple[int, list[str]]:
         """Run a command in its own process group, its output line by line in the task's log."""
-        self.process = subprocess.Popen(
-            command,
-            cwd=PROJECT,
-            env=env,
-            text=True,
-            errors="replace",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
         last: deque[str] = deque(maxlen=LAST_LINES)
-        try:
-            for line in self.process.stdout or ():
-                last.append(line.rstrip("\n"))
-                if not line.startswith(RESULT):
-                    self.log.info("%s", line.rstrip("\n"))
-            return self.process.wait(), list(last)
-        finally:  # a timeout raises in the loop: the step must not go on without us
-            self.on_kill()
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        text: dict[str, Any] = {"text": True, "errors": "replace"}
+        with subprocess.Popen(command, cwd=PROJECT, env=env, start_new_session=True, **output, **text) as self.process:
+            try:
+                for line in self.process.stdout or ():
+                    last.append(line.rstrip("\n"))
+                    if not line.startswith(RESULT):
+                        self.log.info("%s", last[-1])
+                self.process.wait()
+            finally:  # a timeout raises in the loop: the step must not go on without us
+                self.on_kill()
+        return self.process.returncode, list(last)
 
     def _fail(self, code: int, lines: list[str]) -> None:
         said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]

@@ -31,6 +31,14 @@ def var(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         stack._stop(log.stem)
 
 
+@pytest.fixture(autouse=True)
+def no_zombies() -> Iterator[None]:
+    """What a test started and stopped is waited for, as init would."""
+    yield
+    while stack._children:
+        stack._children.pop().wait(30)
+
+
 def start(name: str, program: str) -> processes.Process:
     """Start a service as `up` does."""
     stack._start(Service(name, [sys.executable, "-c", program]), dict(os.environ))
