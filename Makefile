@@ -1,7 +1,7 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run down test test-e2e check
+.PHONY: help setup run up down test test-e2e check
 .NOTPARALLEL:
 
 unexport PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -23,6 +23,9 @@ run: ## Start Airflow and MLflow, and take one turn of the loop: train, gate, pr
 	@sh scripts/setup.sh
 	@$(BIN)/python -m pipelines.stack up
 	@$(BIN)/python -m pipelines.turn
+
+up: setup ## Start Airflow and MLflow, and nothing else
+	@$(BIN)/python -m pipelines.stack up
 
 down: ## Stop everything that `make run` started
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.stack down; else echo 'nothing was running'; fi

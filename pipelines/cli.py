@@ -230,10 +230,11 @@ def _show_version(found: dict[str, Any]) -> None:
     _line(out, "", f"as of {found['data']['as_of']} · dvc.lock {found['data']['lock'][:12] or 'none'}")
     _line(out, "code", f"commit {found['code']['commit']}")
     started = found["started_by"]
-    _line(out, "started by", " · ".join(str(started[key]) for key in ("kind", "reason", "actor") if started.get(key)))
+    said = " · ".join(str(started[key]) for key in ("kind", "reason", "actor") if started.get(key))
+    _line(out, "started by", _plain(said))
     tests = {key[5:]: value for key, value in found["metrics"].items() if key.startswith("test_")}
     _line(out, "test", " · ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in sorted(tests.items())))
-    _line(out, "parameters", ", ".join(f"{key} {value}" for key, value in sorted(found["params"].items())))
+    _line(out, "parameters", _plain(", ".join(f"{key} {value}" for key, value in sorted(found["params"].items()))))
     _line(out, "MLflow run", found["run_id"])
 
 

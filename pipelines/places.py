@@ -25,12 +25,18 @@ def landing() -> Path:
 
 def state_uri() -> str:
     """The state store (``BALLAST_STATE_URI``, an SQLAlchemy URL)."""
-    return os.environ.get("BALLAST_STATE_URI") or f"sqlite:///{var() / 'state.db'}"
+    return _absolute(os.environ.get("BALLAST_STATE_URI") or f"sqlite:///{var() / 'state.db'}")
 
 
 def tracking_uri() -> str:
     """The MLflow server (``MLFLOW_TRACKING_URI``), else its SQLite file under var/."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var() / 'mlflow' / 'mlflow.db'}"
+    return _absolute(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var() / 'mlflow' / 'mlflow.db'}")
+
+
+def _absolute(uri: str) -> str:
+    """A SQLite URL with its path made absolute: a step works in another folder than the one who set it."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri or path in ("", ":memory:") else f"sqlite:///{Path(path).absolute()}"
 
 
 def mlflow_artifacts() -> Path:

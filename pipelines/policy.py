@@ -78,8 +78,8 @@ def _performance(found: dict[str, Any], settings: PolicyParams) -> tuple[bool, s
 
 
 def _drift(found: dict[str, Any], settings: PolicyParams) -> tuple[bool, str]:
-    if found["share"] is None:
-        return False, "drift: not judged, no column could be measured"
+    if found["share"] is None or found["judged"] * 2 < len(found["columns"]):
+        return False, f"drift: not judged, {found['judged']} of {len(found['columns'])} columns could be measured"
     moved = f"{len(found['moved_columns'])} of {found['judged']} columns moved"
     reason = f"drift: {moved} ({found['share']:.0%}), bound {settings.max_drifted_share:.0%}"
     return found["share"] > settings.max_drifted_share, reason
@@ -89,14 +89,18 @@ def _decision(verdict: str, reasons: list[str], found: dict[str, Any]) -> dict[s
     return {"verdict": verdict, "reasons": reasons, **found, "summary": " · ".join([verdict.upper(), *reasons])}
 
 
-def _attach(version: int | None, folder: Path) -> None:
-    """Put the page with the champion's MLflow run. It is evidence, kept here already: MLflow away is no failure."""
+def _attach(version: int | None, folder: Path) -> dict[str, str]:
+    """Put the page with the champion's MLflow run, and return which that is.
+
+    The page is evidence, kept here already: MLflow away is no failure.
+    """
     if version is None:
-        return
+        return {}
     try:
-        registry.attach(version, folder, f"monitor/{folder.name}")
+        return registry.attach(version, folder, f"monitor/{folder.name}")
     except BallastError as error:
         log.warning("The page of %s is not with version %d in MLflow: %s", folder.name, version, error)
+        return {}
 
 
 def _options() -> argparse.Namespace:
@@ -114,10 +118,10 @@ def main() -> None:
     decision = policy(verdict, params.load(options.params, "policy", PolicyParams))
     reports = places.var() / "reports"
     folder = page.publish(reports, verdict, decision, options.drift.parent / "report.html")
-    _attach(verdict["version"], folder)
+    run = _attach(verdict["version"], folder)
     State().advance_clock(date.fromisoformat(decision["as_of"]))
     where = (folder / "index.html").relative_to(places.var()).as_posix()
-    stage.finish("policy", options.out, {**decision, "page": where})
+    stage.finish("policy", options.out, {**decision, **run, "page": where})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from pipelines import params, places
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import sha256, whole_folder
+from pipelines.files import sha256, whole_folder, write_json
 from pipelines.schema import Features
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ def training_run(experiment: str, params: Mapping[str, Any]) -> Iterator[LiveRun
     training: ``register`` fills what is missing from what ``train`` wrote.
     """
     live = _begin_run(experiment, params)
+    if live.run_id and (links := os.environ.get("BALLAST_LINKS")):  # for the page of the Airflow task
+        live._send(lambda run_id: write_json(Path(links), _ids(run_id)))
     status = "FAILED"
     try:
         yield live
@@ -463,11 +465,16 @@ def run_data(run_id: str) -> RunData:
         return RunData(str(run.info.experiment_id), dict(run.data.params), dict(run.data.metrics))
 
 
-def attach(number: int, path: Path, under: str) -> None:
-    """Put a file or folder with the training run of a version."""
+def attach(number: int, path: Path, under: str) -> dict[str, str]:
+    """Put a file or folder with the training run of a version; return the ids of that run and its experiment."""
     run_id = version(number).run_id
     with _speaking():
         _log_path(run_id, path, under)
+    return _ids(run_id)
+
+
+def _ids(run_id: str) -> dict[str, str]:
+    return {"run_id": run_id, "experiment_id": run_data(run_id).experiment_id}
 
 
 def attached(number: int, under: str) -> bytes | None:
@@ -491,8 +498,13 @@ def aliases() -> dict[str, int]:
         if not database.exists():
             return {}
         query = "SELECT alias, version FROM registered_model_aliases WHERE name = ?"
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as connection:
-            return {alias: int(number) for alias, number in connection.execute(query, [name()])}
+        try:
+            with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=30)) as connection:
+                return {alias: int(number) for alias, number in connection.execute(query, [name()])}
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):  # the server is just making its tables
+                return {}
+            raise TryAgain(f"MLflow's database {database} cannot be read now ({error}). Try again.") from None
     with _speaking():
         found = client().search_registered_models(f"name = '{name()}'")
         return {alias: int(number) for model in found for alias, number in model.aliases.items()}

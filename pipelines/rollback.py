@@ -38,8 +38,8 @@ def rollback(state: State, reason: str, to: int | None = None, head: str | None 
     if not reason:
         raise BallastError("A rollback needs a reason: it stays in the ledger. Pass --reason TEXT.")
     ledger = state.ledger()
-    done = bool(ledger) and provenance.in_dag_run() and _ours(ledger[-1])
-    entry = ledger[-1] if done else _append(state, ledger, reason, to, head)
+    before = [entry for entry in ledger if _ours(entry)] if provenance.in_dag_run() else []
+    entry = before[-1] if before else _append(state, ledger, reason, to, head)
     champion.project(state)
     return {
         "summary": f"champion: v{entry.from_version} → v{entry.to_version} · rolled back: {entry.reason}",
@@ -47,7 +47,7 @@ def rollback(state: State, reason: str, to: int | None = None, head: str | None 
         "version": entry.to_version,
         "from": entry.from_version,
         "to": entry.to_version,
-        "moved": not done,
+        "moved": not before,
     }
 
 

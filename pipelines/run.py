@@ -20,7 +20,7 @@ import time
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
@@ -48,10 +48,16 @@ def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, st
             shutil.rmtree(workspace.root / "data" / step, ignore_errors=True)
             _run_command([sys.executable, "-m", f"pipelines.{step}", *arguments], workspace.root, env, lock)
             cached = False
-        result = read_json(workspace.root / "data" / step / "result.json")
+        result = read_json(workspace.root / "data" / step / "result.json") | _links(env)
     seconds = round(time.monotonic() - began, 2)
     place = {"as_of": workspace.as_of.isoformat(), "commit": workspace.commit}
     return {**result, **place, "cached": cached, "seconds": seconds}
+
+
+def _links(env: dict[str, str]) -> dict[str, Any]:
+    """Where else the step left something, such as its MLflow run: what differs between equal runs is in no out."""
+    links = Path(env["BALLAST_LINKS"])
+    return read_json(links) if links.exists() else {}
 
 
 def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
@@ -60,7 +66,7 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     os.chdir(root)  # DVC reads the names of stages relative to it
-    _heal_lock_file(root)
+    _heal(root)
     with Repo(str(root)) as repo:
         # One stage object for all: DVC takes a third of a second to read its files, which it does for each.
         stage = repo.stage.load_one(name=name)
@@ -103,8 +109,13 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
     guard.unlink()
 
 
-def _heal_lock_file(root: Path) -> None:
-    """A guard left behind means that a commit was killed: what dvc.lock said before it holds."""
+def _heal(root: Path) -> None:
+    """Undo what a kill may have left of the files that DVC writes in place; nobody else works here now.
+
+    A guard left behind means that a commit was killed: what dvc.lock said before it holds. DVC's own list of who reads
+    and writes what may be half-written, or name a process id that another process has by now.
+    """
+    (root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     guard = root / ".dvc" / "tmp" / "dvc.lock.before"
     if guard.exists():
         (root / "dvc.lock").unlink(missing_ok=True)
@@ -120,22 +131,28 @@ def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int)
         command, cwd=root, env=env, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent
     )
     note_step(lock, process.pid)
-    signal.signal(signal.SIGTERM, lambda *_: _stop(process))
     try:
         code = process.wait()
+    except SystemExit:  # SIGTERM came: see main
+        _stop(process)
+        raise
     finally:
         _kill_group(process.pid)
+        note_step(lock, None)
     if code:
         sys.exit(code if code > 0 else 128 - code)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(TERM_GRACE_S)
     except subprocess.TimeoutExpired:
         print(f"the step did not end within {TERM_GRACE_S:.0f} s of SIGTERM: killed", flush=True)
-    _kill_group(process.pid)
+
+
+def _terminated(*_: object) -> NoReturn:
     sys.exit(128 + signal.SIGTERM)
 
 
@@ -158,7 +175,7 @@ def environment(dag_id: str, run_id: str) -> dict[str, str]:
         "PATH": f"{bin_path}:{env.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
         "BALLAST_VAR": str(var()),
-        "BALLAST_SOURCE": env.get("BALLAST_SOURCE") or str(ROOT),
+        "BALLAST_SOURCE": str((ROOT / (env.get("BALLAST_SOURCE") or "")).resolve()),
         "BALLAST_LANDING": str(landing()),
         "BALLAST_STATE_URI": state_uri(),
         "BALLAST_DAG": dag_id,
@@ -188,12 +205,15 @@ def main() -> None:
     """Run one step for Airflow (or for a person who wants to see what Airflow would do)."""
     options, arguments = _parse()
     parent = os.getppid()
+    signal.signal(signal.SIGTERM, _terminated)
     _die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         raise TryAgain("The process that asked for this step is gone. Nothing was done.")
     workspace = ensure(options.dag_id, options.run_id, _date(options.as_of))
-    result = run(options.step, workspace, arguments, environment(options.dag_id, options.run_id))
-    print(RESULT + json.dumps(result), flush=True)
+    env = environment(options.dag_id, options.run_id)
+    env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / f"links-{options.step}.json")
+    result = run(options.step, workspace, arguments, env)
+    print("\n" + RESULT + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

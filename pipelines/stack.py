@@ -110,6 +110,11 @@ def running(name: str) -> Started | None:
     return started if started and processes.alive(started.process) else None
 
 
+def ended() -> list[str]:
+    """The services that were started, not stopped, and yet run no more."""
+    return [service.name for service in services() if _remembered(service.name) and not running(service.name)]
+
+
 @contextmanager
 def _locked() -> Iterator[None]:
     """One start or stop at a time in this tree; a second one waits."""

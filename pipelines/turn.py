@@ -15,7 +15,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from pipelines import embedded, params
+from pipelines import embedded, params, stack
 from pipelines.dagruns import Airflow, Run, Task
 from pipelines.errors import BallastError, exit_with
 from pipelines.places import ROOT, var
@@ -118,6 +118,7 @@ def turn() -> None:
     day, screen, airflow = params.as_of(ROOT / "params.yaml"), Screen(), embedded.airflow(PATIENCE_S)
     if State().clock() is None:
         State().set_clock(day)
+    paused = {dag["dag_id"] for dag in airflow.dags() if dag["is_paused"]}
     for dag_id in (*CRON, *BY_EVENT):
         airflow.set_paused(dag_id, False)
     try:
@@ -129,7 +130,7 @@ def turn() -> None:
         sys.exit(130)
     finally:
         screen.done()
-    for dag_id in CRON:
+    for dag_id in paused & set(CRON):  # a turn that failed leaves them, so that clearing a task in Airflow works
         airflow.set_paused(dag_id, True)
     sum_up(screen, took)
 
@@ -168,6 +169,7 @@ def started_by(airflow: Airflow, run: Run, dag_id: str) -> list[Run]:
         found = airflow.started_by(run)
         if runs := [begun for begun in found or () if begun.dag_id == dag_id]:
             return runs
+        _check_services()
         if found is not None and time.monotonic() > deadline:
             raise BallastError(
                 f"{run.dag_id} announced its event, but {EVENT_WITHIN_S:.0f} s later no run of {dag_id} has begun: "
@@ -201,7 +203,17 @@ def follow(airflow: Airflow, run: Run, screen: Screen) -> Outcome:
         if run.over:
             return Outcome(run, results)
         progress.show(run, tasks)
+        _check_services()
         time.sleep(POLL_S)
+
+
+def _check_services() -> None:
+    """Nothing goes on without the services: raise BallastError if one of them has ended."""
+    if gone := stack.ended():
+        logs = ", ".join(str(_near(var() / "logs" / f"{name}.log")) for name in gone)
+        raise BallastError(
+            f"Ended meanwhile: {', '.join(gone)}; see {logs}. `make run` starts it and goes on from here."
+        )
 
 
 class Progress:

@@ -53,8 +53,8 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) ->
     commit's ``uv.lock`` is not the environment's, or if the run was begun as of another date.
     """
     name = f"{name_of(dag_id)}/{name_of(run_id)}"
-    commit = _pin(origin, f"refs/ballast/runs/{name}")
     root = var() / "runs" / name
+    commit = _pin(origin, f"refs/ballast/runs/{name}", anew=not root.exists())
     if not root.exists():
         _warn_of_uncommitted(origin)
         if as_of is None:
@@ -89,10 +89,11 @@ def owned(workspace: Workspace) -> Iterator[int]:
         os.close(descriptor)
 
 
-def note_step(descriptor: int, process_group: int) -> None:
-    """Write the step's process group into the lock, so that a later runner can end an orphan."""
+def note_step(descriptor: int, process_group: int | None) -> None:
+    """Write the step's process group into the lock, so that a later runner can end an orphan; None once it ended."""
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(process_group).encode(), 0)
+    if process_group is not None:
+        os.pwrite(descriptor, str(process_group).encode(), 0)
 
 
 def _take(descriptor: int, root: Path) -> None:
@@ -134,16 +135,13 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.rstrip()
 
 
-def _pin(origin: Path, ref: str) -> str:
-    """The run's commit: HEAD when it began, kept by a ref that ``git gc`` respects and later calls read."""
-    try:
-        return _git(origin, "rev-parse", "--verify", "--quiet", ref)
-    except BallastError:
-        head = _git(origin, "rev-parse", "--verify", "HEAD")
-    try:
-        _git(origin, "update-ref", ref, head, "")
-    except BallastError:  # another task of this run was first: its commit holds
-        log.debug("%s was pinned meanwhile", ref)
+def _pin(origin: Path, ref: str, anew: bool) -> str:
+    """The run's commit: HEAD when it began, kept by a ref that ``git gc`` respects and later calls read.
+
+    A ref whose workspace is gone is of an earlier life of the same run id (somebody removed var/): it is set anew.
+    """
+    if anew:
+        _git(origin, "update-ref", ref, "HEAD")
     return _git(origin, "rev-parse", "--verify", ref)
 
 
@@ -170,9 +168,11 @@ def _refuse_foreign_lock(root: Path) -> None:
 
 def _configure_dvc(origin: Path, root: Path) -> None:
     """Share the origin's cache and remote: ``config.local`` does not travel, and relative paths would not hold."""
+    from dvc.repo import Repo
+
     config = configparser.ConfigParser()
     config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
-    config["cache"] = {"dir": str(origin / ".dvc" / "cache")}
+    config["cache"] = {"dir": Repo(str(origin)).cache.local.path.removesuffix("/files/md5")}
     config["'remote \"local\"'"] = {"url": str(var() / "dvc-remote")}
     with (root / ".dvc" / "config.local").open("w") as file:
         config.write(file)

@@ -89,6 +89,6 @@ def rollback() -> None:
     """Put the champion before back in its place."""
     StepOperator(
         step="rollback",
-        arguments=lambda context: ["--reason", str(context["params"]["reason"])],
+        arguments=lambda context: [f"--reason={context['params']['reason']}"],
         pool=PROMOTION_POOL,
     )

@@ -74,9 +74,10 @@ class StepOperator(BaseOperator, BranchMixIn):
         """Run the step; return its result: names, hashes, versions and verdicts, never rows."""
         arguments = self.arguments(context) if callable(self.arguments) else self.arguments
         code, lines = self._stream(self._command(context, arguments), self._environment(context))
-        if code or not lines or not lines[-1].startswith(RESULT):
+        results = [line for line in lines if line.startswith(RESULT)]
+        if code or not results:
             self._fail(code, [line for line in lines if line.strip()])
-        self.result = json.loads(lines[-1].removeprefix(RESULT))
+        self.result = json.loads(results[-1].removeprefix(RESULT))
         if self.branches:
             # Airflow leaves execute by an exception where it skips tasks: what is returned would be lost.
             context["ti"].xcom_push(key="return_value", value=self.result)
@@ -182,9 +183,9 @@ def interval_start(context: Context) -> list[str]:
 
 def challenger(context: Context) -> list[str]:
     """Which version to promote: the parameters', else the newest of the events (a newer one supersedes the others)."""
-    params = context["params"]
-    chosen = params if params.get("version") else (events(context) or [{}])[-1]
-    if not chosen.get("version"):
+    given = {key: context["params"].get(key) for key in ("version", "record_sha256")}
+    chosen = given if any(given.values()) else (events(context) or [{}])[-1]
+    if not (chosen.get("version") and chosen.get("record_sha256")):
         raise AirflowFailException("No version to promote. Give both parameters, or let a retraining ask.")
     return ["--version", str(chosen["version"]), "--record-sha256", str(chosen["record_sha256"])]
 

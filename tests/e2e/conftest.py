@@ -105,6 +105,10 @@ def own_project(root: Path) -> Path:
     params["prepare"] |= {"features": features, "validation_days": 10, "test_days": 10}
     params["evaluate"]["slices"] = ["channel"]
     params["train"]["tabm"] |= {"epochs": 3}
+    params["register"]["model"] = "returns"
+    params["decide"] |= {"min_test_rows": 300, "max_log_loss": 0.69, "max_calibration_error": 0.2}
+    params["drift"] |= {"min_rows": 300, "columns": {}}
+    params["policy"]["min_labelled_rows"] = 300
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (root / "pipelines" / "prepare.sql").write_text(SQL)
     (root / "pipelines" / "validate.yaml").write_text(EXPECTATIONS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,18 +34,18 @@ class Stack:
         self.mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}"
         self.env = clean_environment(**ports)
 
-    def python(self, *arguments: str, check: bool = True, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+    def make(self, target: str) -> str:
+        """What a target of the Makefile prints; it must succeed."""
         done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=timeout_s,
-        )  # fmt: skip
-        assert not check or done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-        return done
+            ["make", target], cwd=self.root, env=self.env, capture_output=True, text=True, check=False, timeout=1200
+        )
+        assert done.returncode == 0, f"make {target}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
 
     def with_mlflow(self, *arguments: str) -> str:
         """What a Python process prints that talks to the stack's MLflow server."""
         environment = {**self.env, "MLFLOW_TRACKING_URI": self.mlflow}
-        command = [sys.executable, *arguments]
+        command = [str(self.root / ".venv" / "bin" / "python"), *arguments]
         done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -82,16 +81,15 @@ class Stack:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     stack = Stack(tmp_path_factory.mktemp("loop") / "project")
     try:
-        stack.python("-m", "pipelines.stack", "up")
         yield stack
     finally:
-        stack.python("-m", "pipelines.stack", "down", check=False)
+        stack.make("down")
 
 
 @pytest.fixture(scope="module")
 def turned(stack: Stack) -> str:
-    """What the first turn of the loop prints."""
-    return stack.python("-m", "pipelines.turn").stdout
+    """What `make run` prints, the first time."""
+    return stack.make("run")
 
 
 def airflow(stack: Stack) -> Any:
@@ -106,7 +104,7 @@ def airflow(stack: Stack) -> Any:
     )
 
     def retrain(run_id: str, conf: dict[str, Any]) -> Any:
-        return json.loads(stack.python("-c", code, run_id, json.dumps(conf)).stdout.splitlines()[-1])
+        return json.loads(stack.with_mlflow("-c", code, run_id, json.dumps(conf)).splitlines()[-1])
 
     return retrain
 
@@ -143,7 +141,7 @@ print(model.predict(rows[wanted]).mean())
 def test_turn_again_shows_the_same_and_starts_nothing(stack: Stack, turned: str) -> None:
     before = stack.told("history")
     began = time.monotonic()
-    again = stack.python("-m", "pipelines.turn").stdout
+    again = stack.make("run")
     assert time.monotonic() - began < 60, "a second turn trains nothing"
     assert "PROMOTE · first model" in again
     assert stack.told("history") == before
@@ -160,6 +158,20 @@ def test_alert_retraining_on_known_data_is_cached_and_makes_no_second_version(st
     assert (tasks["refused"][0], tasks["challenger_ready"][0]) == ("success", "skipped")
 
 
+def test_alert_delivered_twice_starts_one_run(stack: Stack, turned: str) -> None:
+    """As an alert's sender calls: the bare API, with a run id made from the alert."""
+    code = """
+from pipelines import dagruns, embedded
+body = {"dag_run_id": "alert-f2", "logical_date": None, "conf": {"as_of": "2013-05-01"}}
+for _ in range(2):
+    try:
+        print(embedded.airflow(30)._call("POST", "/dags/retrain_on_alert/dagRuns", body)["state"])
+    except dagruns.Refused as refused:
+        print(refused.status)
+"""
+    assert stack.with_mlflow("-c", code).split() == ["queued", "409"]
+
+
 def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turned: str) -> None:
     """April is so unlike the winter that the retrained model is surely better: the turn ends with version 2."""
     assert stack.told("status")["champion"]["version"] == 2
@@ -171,5 +183,5 @@ def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turn
 
 
 def test_down_leaves_no_process(stack: Stack, turned: str) -> None:
-    stack.python("-m", "pipelines.stack", "down")
+    assert "stopped" in stack.make("down")
     assert stack.processes() == []

@@ -18,7 +18,13 @@ def verdict(**changes: dict[str, Any]) -> dict[str, Any]:
     """Drift's verdict on a quiet window, with changes per part."""
     quiet: dict[str, dict[str, Any]] = {
         "data": {"broken": False, "rejected": False, "empty": []},
-        "inputs": {"moved": True, "moved_columns": ["temp"], "judged": 4, "share": 0.25},
+        "inputs": {
+            "moved": True,
+            "moved_columns": ["temp"],
+            "judged": 4,
+            "share": 0.25,
+            "columns": dict.fromkeys("abcd"),
+        },
         "performance": {
             "measured": True,
             "labelled_rows": 5000,
@@ -71,10 +77,13 @@ def test_policy_one_labelled_day_does_not_retrain():
 
 
 def test_policy_no_labels_and_no_columns_waits():
-    nothing = {"inputs": {"share": None, "judged": 0, "moved_columns": []}, "performance": {"measured": False}}
+    nothing = {
+        "inputs": {"share": None, "judged": 0, "moved_columns": [], "columns": {"a": None}},
+        "performance": {"measured": False},
+    }
     found = policy(verdict(**nothing), SETTINGS)
     assert found["verdict"] == "wait"
-    assert found["reasons"][1] == "drift: not judged, no column could be measured"
+    assert found["reasons"][1] == "drift: not judged, 0 of 1 columns could be measured"
 
 
 @pytest.mark.parametrize(("moved", "expected"), [(["a", "b"], "wait"), (["a", "b", "c"], "retrain")])
@@ -107,6 +116,13 @@ def test_policy_broken_data_holds_whatever_else(broken):
     found = policy(verdict(data=broken, performance=worse), SETTINGS)
     assert found["verdict"] == "hold"
     assert "at its source" in found["summary"]
+
+
+def test_policy_few_columns_judged_is_no_ground_to_retrain():
+    few = {"moved_columns": ["a"], "judged": 1, "share": 1.0}
+    found = policy(verdict(inputs=few), SETTINGS)
+    assert found["verdict"] == "wait"
+    assert found["reasons"][1] == "drift: not judged, 1 of 4 columns could be measured"
 
 
 def test_policy_params_share_above_one_is_refused():
