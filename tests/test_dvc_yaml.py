@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines import run
+
 PROJECT = Path(__file__).resolve().parents[1]
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
 
@@ -83,6 +85,10 @@ def test_stage_command_names_only_paths_it_depends_on_or_makes(stage: str) -> No
     known = [*spec["deps"], f"data/{stage}"]
     unknown = [path for path in paths if not any(dep == path or dep.startswith(f"{path}/") for dep in known)]
     assert not unknown, f"dvc.yaml: the command of `{stage}` reads {unknown}, which is not among its deps"
+
+
+def test_runner_knows_the_stages_of_the_pipeline() -> None:
+    assert tuple(STAGES) == run.STAGES
 
 
 def test_params_sections_are_read_by_their_stage() -> None:
