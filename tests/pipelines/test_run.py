@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,13 @@ def test_run_commit_after_the_run_began_is_not_part_of_it(project: Project) -> N
     assert first["commit"] == second["commit"]
 
 
+def test_run_id_used_again_after_its_workspace_went_begins_at_the_commit_of_today(project: Project) -> None:
+    result_of(project.run("land"))
+    shutil.rmtree(project.workspace())
+    project.stages(seconds=0.1)
+    assert result_of(project.run("land"))["commit"] == project.git("rev-parse", "HEAD")
+
+
 def test_run_uncommitted_change_is_named_and_left_out(project: Project) -> None:
     (project.root / "stage.py").write_text("raise SystemExit(1)")
     done = project.run("land")
@@ -188,6 +196,8 @@ def test_run_killed_leaves_no_stage_behind(project: Project, signal_number: sign
     process, stage = start_slow(project)
     process.send_signal(signal_number)
     process.wait()
+    if signal_number == signal.SIGTERM:
+        assert "did not end" not in process.stdout.read(), "a step that ends at SIGTERM is not waited for"
     process.stdout.close()
     assert process.returncode == (128 + signal.SIGTERM if signal_number == signal.SIGTERM else -signal.SIGKILL)
     assert gone(stage)
@@ -210,6 +220,7 @@ def test_run_after_a_killed_commit_restores_the_lock_file(project: Project) -> N
     whole = (root / "dvc.lock").read_text()
     (root / ".dvc" / "tmp" / "dvc.lock.before").write_text(whole)
     (root / "dvc.lock").write_text(whole[: len(whole) // 2])
+    (root / ".dvc" / "tmp" / "rwlock").write_text('{"half":')
     result_of(project.run("train"))
     assert (root / "dvc.lock").read_text().startswith(whole.rstrip())
 
