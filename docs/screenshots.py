@@ -91,9 +91,7 @@ def main() -> None:
         remember(driver, AIRFLOW, **{"react-resizable-panels:graph-ltr": json.dumps(wide)})
         run = f"{AIRFLOW}/dags/retrain_scheduled/runs/{newest_run(token, 'retrain_scheduled')}"
         shoot(driver, "airflow", run, "challenger_ready", (1600, 700), click="Show Graph")
-        assistant = {"fab.autoOpenedOnFirstLoad_v1": "true", "panelOpen_v1": "false"}
-        remember(driver, MLFLOW, **{f"mlflow.assistant.{key}": value for key, value in assistant.items()})
-        shoot(driver, "mlflow", f"{MLFLOW}/#/models/flight_delays", "champion", (1500, 900))
+        shoot(driver, "mlflow", f"{MLFLOW}/#/models/flight_delays", "champion", (1500, 900), click="Close")
         report = max((ROOT / "var" / "reports" / "monitor").iterdir())
         shoot(driver, "monitor", (report / "index.html").as_uri(), "Is the model worse?", (1200, 1300))
     finally:

@@ -32,7 +32,8 @@ def keep(out: Path, facts: Mapping[str, Any]) -> str:
         for kind in ("json", "md"):
             shutil.copy(out / f"record.{kind}", Path(scratch) / f"{digest}.{kind}")
         registry.attach(facts["version"], Path(scratch), FOLDER)
-    registry.set_tags(facts["version"], {"ballast.verdict": facts["verdict"], "ballast.record": digest})
+    if facts["version"] != facts["champion"]["version"]:  # the champion's tags stay those of its promotion
+        registry.set_tags(facts["version"], {"ballast.verdict": facts["verdict"], "ballast.record": digest})
     return digest
 
 

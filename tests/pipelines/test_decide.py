@@ -239,6 +239,18 @@ def test_judge_against_a_champion_names_it_and_the_head_of_the_ledger(project: P
     assert made["summary"].startswith("PROMOTE · better by ")
 
 
+def test_judge_of_the_champion_itself_leaves_it_the_tags_of_its_promotion(project: Project) -> None:
+    from pipelines.promote import promote
+
+    project.train()
+    project.register()
+    made = project.decide()
+    promote(made["version"], made["record_sha256"], State())
+    assert project.decide()["reasons"] == ["the champion itself"]
+    tags = registry.version(1).tags
+    assert (tags["ballast.verdict"], tags["ballast.record"]) == ("promote", made["record_sha256"])
+
+
 def test_record_in_markdown_has_every_rule_in_its_table(project: Project) -> None:
     project.train(iterations=2)
     project.register()
