@@ -162,10 +162,11 @@ def test_run_begun_as_of_another_date_is_refused(project: Project) -> None:
     assert "began as of 2013-05-01 (asked for: 2013-06-01)" in done.stderr
 
 
-def start_slow(project: Project, step: str = "land") -> tuple[subprocess.Popen[str], int]:
-    """Start a step that takes long; return its runner and the pid of the stage once that works."""
+def start_slow(project: Project, *under: str, step: str = "land") -> tuple[subprocess.Popen[str], int]:
+    """Start a step that takes long, ``under`` another command or none; return it, and the stage's pid once it works."""
     project.stages(seconds=60)
-    process = subprocess.Popen(project.command(step), env=project.environment(), stdout=subprocess.PIPE, text=True)
+    command = [*under, *project.command(step)]
+    process = subprocess.Popen(command, env=project.environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if "begins" in line:
@@ -200,6 +201,16 @@ def test_run_killed_leaves_no_stage_behind(project: Project, signal_number: sign
         assert "did not end" not in process.stdout.read(), "a step that ends at SIGTERM is not waited for"
     process.stdout.close()
     assert process.returncode == (128 + signal.SIGTERM if signal_number == signal.SIGTERM else -signal.SIGKILL)
+    assert gone(stage)
+
+
+def test_run_whose_operator_was_killed_ends_its_stage(project: Project) -> None:
+    """Airflow's task process starts the runner in a session of its own; SIGKILL gives it no time to say so."""
+    operator = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True).wait()"
+    process, stage = start_slow(project, sys.executable, "-c", operator)
+    process.kill()
+    process.wait()
+    process.stdout.close()
     assert gone(stage)
 
 
