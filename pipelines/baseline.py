@@ -1,9 +1,12 @@
-"""The baseline: scikit-learn's HistGradientBoosting on the network's input matrix; how it becomes a file, and back."""
+"""The baselines, of scikit-learn, on the network's input matrix: HistGradientBoosting and logistic regression.
+
+Both become a skops archive and come back from it; see ``dumps`` and ``loads``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,14 +29,18 @@ class HgbParams(Params):
     max_leaf_nodes: int = Field(ge=2)
 
 
-def fit(
-    train: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
-    validation: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
-    categories: dict[int, int],
-    params: HgbParams,
-    seed: int,
-) -> Any:
-    """Fit a HistGradientBoostingClassifier to (matrix, label); boosting ends when validation stops getting better.
+class LogisticParams(Params):
+    """Section `train.logistic`."""
+
+    iterations: int = Field(ge=1)
+    inverse_penalty: float = Field(gt=0)
+
+
+Rows = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]  # matrix (rows, columns), label (rows,)
+
+
+def fit_hgb(train: Rows, validation: Rows | None, categories: Mapping[int, int], params: HgbParams, seed: int) -> Any:
+    """Fit a HistGradientBoostingClassifier; boosting ends when validation stops getting better, or else at the last.
 
     ``categories`` has the number of codes of each categorical column. One with too many for scikit-learn is taken
     as a number: its codes are in alphabetical order, which is poor but no error.
@@ -45,13 +52,36 @@ def fit(
         learning_rate=params.learning_rate,
         max_leaf_nodes=params.max_leaf_nodes,
         categorical_features=[column for column, codes in categories.items() if codes <= MAX_CODES] or None,
-        early_stopping=True,
+        early_stopping=validation is not None,
         n_iter_no_change=params.patience,
         scoring="loss",
         tol=0.0,
         random_state=seed,
     )
+    if validation is None:
+        return classifier.fit(*train)
     return classifier.fit(*train, X_val=validation[0], y_val=validation[1])
+
+
+def fit_logistic(train: Rows, categories: Mapping[int, int], params: LogisticParams, seed: int) -> Any:
+    """Fit a logistic regression: numbers as they are, 0 and an indicator where one is missing, codes as indicators."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    codes = list(categories)
+    numbers = [column for column in range(train[0].shape[1]) if column not in categories]
+    known = SimpleImputer(strategy="constant", fill_value=0.0, add_indicator=True, keep_empty_features=True)
+    indicators = OneHotEncoder(handle_unknown="ignore")
+    pipeline = Pipeline(
+        [
+            ("inputs", ColumnTransformer([("numbers", known, numbers), ("codes", indicators, codes)])),
+            ("regression", LogisticRegression(C=params.inverse_penalty, max_iter=params.iterations, random_state=seed)),
+        ]
+    )
+    return pipeline.fit(*train)
 
 
 # --- as a file --------------------------------------------------------------------------------------------------------
@@ -60,6 +90,7 @@ TRUSTED = [
     "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",  # its content is checked below
     "functools.partial",  # these two pass the numeric columns through unchanged
     "sklearn.utils.validation.check_array",
+    "numpy.dtype",  # of the inputs of a logistic regression; read from an empty array
 ]
 """The types in the file that skops does not trust by itself."""
 
@@ -84,6 +115,7 @@ def dumps(classifier: Any) -> bytes:
 def loads(data: bytes) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float64]]:
     """The function from matrix to probability that ``dumps`` wrote; raise BallastError for any other content."""
     from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.pipeline import Pipeline
     from skops.io import loads
     from skops.io.exceptions import UntrustedTypesFoundException
 
@@ -91,15 +123,21 @@ def loads(data: bytes) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.flo
         classifier = loads(archive.pack(archive.unpack(data)), trusted=TRUSTED)
     except UntrustedTypesFoundException as error:
         raise BallastError(f"model.skops is not loaded: {error}. Take the model from its source again.") from None
-    if type(classifier) is not HistGradientBoostingClassifier:
-        raise BallastError(f"model.skops must hold a HistGradientBoostingClassifier (found {type(classifier)}).")
-    _check_trees(classifier)
+    if type(classifier) is HistGradientBoostingClassifier:
+        _check_trees(classifier)
+    elif type(classifier) is Pipeline:
+        _check_steps(classifier)
+    else:
+        raise BallastError(
+            f"model.skops must hold a HistGradientBoostingClassifier or a Pipeline (found {type(classifier)})."
+        )
+    return lambda matrix: probability(classifier, matrix)
 
-    def probability(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        both: npt.NDArray[np.float64] = classifier.predict_proba(matrix)
-        return both[:, 1]
 
-    return probability
+def probability(classifier: Any, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """The probability of label 1, (rows,)."""
+    both: npt.NDArray[np.float64] = classifier.predict_proba(matrix)
+    return both[:, 1]
 
 
 def _check_trees(classifier: Any) -> None:
@@ -117,3 +155,16 @@ def _check_trees(classifier: Any) -> None:
         ]
         if not all(sound):
             raise BallastError("model.skops holds a tree with an index out of range. Take the model again.")
+
+
+def _check_steps(pipeline: Any) -> None:
+    """skops trusts every class of scikit-learn; only those that ``fit_logistic`` puts together are taken."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import OneHotEncoder
+
+    steps = [type(step) for _, step in pipeline.steps]
+    parts = [type(part[1]) for part in pipeline.steps[0][1].transformers_] if ColumnTransformer in steps[:1] else []
+    if steps != [ColumnTransformer, LogisticRegression] or not set(parts) <= {SimpleImputer, OneHotEncoder}:
+        raise BallastError(f"model.skops holds a pipeline of other steps (found {steps} of {parts}). Take it again.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from pipelines import metrics, params, provenance, record, registry, rows, stage
+from pipelines import metrics, params, provenance, record, registry, rows, stage, tracking
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
 from pipelines.params import Params
@@ -253,7 +253,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
         "version": version.number,
         "record_sha256": digest,
         "run_id": version.run_id,
-        "experiment_id": registry.run_data(version.run_id).experiment_id,
+        "experiment_id": tracking.run_data(version.run_id).experiment_id,
     }
 
 

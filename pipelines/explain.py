@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipelines import record, registry
+from pipelines import record, registry, tracking
 from pipelines.errors import BallastError
 from pipelines.state import Entry, State
 
@@ -14,7 +14,7 @@ from pipelines.state import Entry, State
 def explain(number: int, state: State) -> dict[str, Any]:
     """All that the registry, the gate and the ledger know of version ``number``."""
     version = registry.version(number)
-    run, tags = registry.run_data(version.run_id), version.tags
+    run, tags = tracking.run_data(version.run_id), version.tags
     return {
         "model": registry.name(),
         "version": number,

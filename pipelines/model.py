@@ -1,8 +1,9 @@
 """A trained model: a folder that holds all that its predictions need, and one ``load`` and ``predict`` for raw rows.
 
-    network.pt2        the network by torch.export, or model.skops the baseline: one float32 matrix in, probability out
+    network.pt2        the network by torch.export, or model.skops a baseline: one float32 matrix in, probability out
     transform.json     how the rows' columns become that matrix, fitted on the train window
-    schema.json        what prepare declared: as-of date, features, tables, windows; and the kind of the model
+    schema.json        what prepare declared: as-of date, features, tables, windows; and what train found: the kind, the
+                       temperature, whether it was refitted, the features' importance
     prepare.sql        the SQL that made the rows, and makes them again
     manifest.json      the SHA-256 of each of these; the digest of the model is the hash of its list
 
@@ -28,11 +29,11 @@ from pipelines.schema import Features, Table
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["tabm", "hgb"]
+Kind = Literal["tabm", "hgb", "logistic"]
 Matrix = npt.NDArray[np.float32]
 Probabilities = npt.NDArray[np.float64]
 
-WEIGHTS: dict[Kind, str] = {"tabm": "network.pt2", "hgb": "model.skops"}
+WEIGHTS: dict[Kind, str] = {"tabm": "network.pt2", "hgb": "model.skops", "logistic": "model.skops"}
 MANIFEST = "manifest.json"
 
 
@@ -151,6 +152,22 @@ def _fit_categorical(frame: pd.DataFrame, name: str) -> Categorical:
     return Categorical(name, tuple(sorted(_strings(frame, name).dropna().unique())))
 
 
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def tempered(probability: Probabilities, temperature: float) -> Probabilities:
+    """Probabilities with their log odds divided by ``temperature``: above 1 they become less sure, below 1 surer.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), https://arxiv.org/abs/1706.04599.
+    """
+    from scipy.special import expit, logit
+
+    if temperature == 1.0:
+        return probability
+    scaled: Probabilities = expit(logit(probability) / temperature)
+    return scaled
+
+
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +187,11 @@ class Model:
         """The columns that the model reads."""
         return self.transform.features
 
+    @property
+    def temperature(self) -> float:
+        """What the model's log odds are divided by; 1 leaves them as they are."""
+        return float(self.schema.get("temperature", 1.0))
+
     def predict(self, frame: pd.DataFrame) -> Probabilities:
         """The probability of label 1, (rows,), in the order of the rows.
 
@@ -183,7 +205,7 @@ class Model:
         probability = self.classify(matrix) if len(matrix) else np.empty(0)
         if wrong := int(np.isnan(probability).sum()):
             raise BallastError(f"The model gives no probability for {wrong} of {len(frame)} rows. Train another.")
-        return probability
+        return tempered(probability, self.temperature)
 
     def prepare(self, tables: Path, quarantine: Path | None) -> pd.DataFrame:
         """The rows that the model's own SQL makes of the tables as they are now (see ``rows.select``)."""

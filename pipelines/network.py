@@ -32,6 +32,8 @@ class NetworkConfig:
     """Numeric columns; they come first in the input matrix."""
     missing: tuple[int, ...]
     """Those numeric columns that get a second input, which says that the value is missing."""
+    bins: tuple[tuple[float, ...], ...]
+    """The edges, rising, between which each numeric column's embedding is linear."""
     categories: tuple[int, ...]
     """Codes of each categorical column, among them code 0: missing or never seen."""
     ensemble: int
@@ -39,6 +41,7 @@ class NetworkConfig:
     width: int
     dropout: float
     embedding: int
+    """The width of each column's embedding, numeric or categorical."""
 
 
 class Network(nn.Module):
@@ -47,13 +50,23 @@ class Network(nn.Module):
     missing: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
-        import tabm  # it brings scikit-learn along: a second that loading a model need not wait
+        # They bring scikit-learn along: a second that loading a model need not wait.
+        import tabm
+        from rtdl_num_embeddings import PiecewiseLinearEmbeddings
 
         super().__init__()
         self.config = config
         self.register_buffer("missing", torch.tensor(config.missing, dtype=torch.long))
+        self.numeric = (
+            PiecewiseLinearEmbeddings(
+                [torch.tensor(edges) for edges in config.bins], config.embedding, activation=False, version="B"
+            )
+            if config.numeric
+            else None
+        )
         self.embeddings = nn.ModuleList(_embedding(codes, config.embedding) for codes in config.categories)
-        chunks = [1] * (config.numeric + len(config.missing)) + [config.embedding] * len(config.categories)
+        columns = config.numeric + len(config.categories)
+        chunks = [1] * len(config.missing) + [config.embedding] * columns
         self.ensemble_view = tabm.EnsembleView(k=config.ensemble)
         self.backbone = tabm.make_tabm_backbone(
             d_in=sum(chunks),
@@ -72,8 +85,9 @@ class Network(nn.Module):
         # not nan_to_num, which would hide an infinite value as a huge one
         known = torch.where(numeric.isnan(), 0.0, numeric)
         missing = numeric[:, self.missing].isnan().to(x.dtype)
-        embedded = [embedding(codes[:, i]) for i, embedding in enumerate(self.embeddings)]
-        inputs = torch.cat([known, missing, *embedded], dim=1)
+        embedded = [self.numeric(known).flatten(1)] if self.numeric is not None else []
+        embedded += [embedding(codes[:, i]) for i, embedding in enumerate(self.embeddings)]
+        inputs = torch.cat([missing, *embedded], dim=1)
         logits: Tensor = self.output(self.backbone(self.ensemble_view(inputs)))
         return logits.squeeze(-1)
 
@@ -146,7 +160,8 @@ _MEMBER = re.compile(
     r"|data/constants/(tensor_\d+|model_constants_config\.json))"
 )
 _NAME = re.compile(r"[\w.+]*", re.ASCII)
-_EXPRESSION = re.compile(r"Symbol\('s\d+', positive=True, integer=True\)", re.ASCII)
+_ROWS = r"Symbol\('s\d+', positive=True, integer=True\)"
+_EXPRESSION = re.compile(rf"{_ROWS}|Mul\(Integer\(\d+\), {_ROWS}\)", re.ASCII)  # of sizes and strides
 _TREES = (  # the shape of the call: one matrix in, one vector out
     '[1, {"type": "builtins.tuple", "context": "null", "children_spec": [{"type": "builtins.tuple", "context": "null", '
     '"children_spec": [{"type": null, "context": null, "children_spec": []}]}, '
@@ -156,8 +171,9 @@ _TREES = (  # the shape of the call: one matrix in, one vector out
 _OPERATORS = frozenset(
     f"torch.ops.aten.{name}"
     for name in (
-        *("_assert_tensor_metadata.default", "add.Tensor", "cat.default", "dropout.default", "embedding.default"),
-        *("expand.default", "index.Tensor", "isnan.default", "matmul.default", "mean.dim", "mul.Tensor"),
+        *("_assert_tensor_metadata.default", "add.Tensor", "addcmul.default", "cat.default", "clamp.default"),
+        *("clamp_max.default", "clamp_min.default", "dropout.default", "embedding.default", "expand.default"),
+        *("flatten.using_ints", "index.Tensor", "isnan.default", "matmul.default", "mean.dim", "mul.Tensor"),
         *("numpy_T.default", "relu.default", "select.int", "sigmoid.default", "slice.Tensor", "squeeze.dim"),
         *("to.dtype", "transpose.int", "unsqueeze.default", "where.ScalarSelf"),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipelines import provenance, registry, stage
+from pipelines import provenance, registry, stage, tracking
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
 
@@ -29,8 +29,10 @@ def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict
         raise BallastError(
             f"{evaluate} measured model {measured[:12]}, and {folder} is {digest[:12]}. Run evaluate again."
         )
-    run_id = registry.complete_run(registry.EXPERIMENT, digest, _evidence(train, evaluate, prepare, settings))
-    version, created = registry.register(folder, features, digest, provenance.data_lock(), run_id, _tags(schema))
+    trained = read_json(train / "result.json")
+    run_id = tracking.complete_run(tracking.EXPERIMENT, digest, _evidence(trained, train, evaluate, prepare, settings))
+    tags = {**_origin(schema), **_refit(trained)}
+    version, created = registry.register(folder, features, digest, provenance.data_lock(), run_id, tags)
     name = registry.name()
     return {
         "summary": f"{name} v{version.number}" + ("" if created else " · known: the same model of the same data"),
@@ -42,15 +44,21 @@ def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict
     }
 
 
-def _evidence(train: Path, evaluate: Path, prepare: Path, settings: Path) -> registry.Evidence:
-    candidates = read_json(train / "result.json")["candidates"]
+def _evidence(
+    trained: Mapping[str, Any], train: Path, evaluate: Path, prepare: Path, settings: Path
+) -> tracking.Evidence:
+    candidates = trained["candidates"]
     metrics = {f"{name}/{key}": value for name, found in candidates.items() for key, value in found.items()}
     metrics |= {f"test_{key}": value for key, value in read_json(evaluate / "metrics.json").items()}
-    return registry.Evidence(
+    return tracking.Evidence(
         params=yaml.safe_load(settings.read_text(encoding="utf-8"))["train"],
         history=_history(train / "history.csv"),
         metrics={key: value for key, value in metrics.items() if isinstance(value, int | float)},
+        tags=_refit(trained),
+        inputs={window: prepare / f"{window}.parquet" for window in ("train", "validation", "test")},
         files=[
+            (train / "history.csv", "train"),
+            (train / "importance.csv", "train"),
             (evaluate, "evaluate"),
             (prepare / "schema.json", "prepare"),
             (prepare.parent / "validate" / "verdict.json", "validate"),
@@ -70,7 +78,12 @@ def _history(file: Path) -> dict[int, dict[str, float]]:
     return history
 
 
-def _tags(schema: Mapping[str, Any]) -> dict[str, str]:
+def _refit(trained: Mapping[str, Any]) -> dict[str, str]:
+    """The mark of a model that learned from the validation window too, after that had chosen it."""
+    return {"ballast.refit": "true"} if trained.get("refit") else {}
+
+
+def _origin(schema: Mapping[str, Any]) -> dict[str, str]:
     """What ties the version to its origin. Set with the version itself, so that none is without."""
     windows, origin = schema["windows"], provenance.trigger()
     return {

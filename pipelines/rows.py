@@ -54,6 +54,7 @@ def _locked_in() -> duckdb.DuckDBPyConnection:
     """
     connection = duckdb.connect(config={"enable_external_access": "false", "threads": "1"})
     connection.execute("SET TimeZone = 'UTC'")  # else strftime and date parts would follow the machine's
+    connection.execute("SET enable_progress_bar = false")  # it would draw into whatever stdout is
     return connection
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from threadpoolctl import threadpool_limits
 
-from pipelines import registry
+from pipelines import registry, tracking
 from pipelines.files import write_json
 
 FIRST = datetime(2013, 1, 1, tzinfo=UTC)
@@ -116,7 +116,7 @@ class Project:
         x, y = transform.encode(seen), label(seen["label"].to_numpy("float32"))
         settings = baseline.HgbParams(iterations=iterations, patience=iterations, learning_rate=0.1, max_leaf_nodes=8)
         with threadpool_limits(1):  # threads that wait for each other on a busy machine take longer than one
-            fitted = baseline.fit((x, y), (x, y), {1: 3}, settings, seed)
+            fitted = baseline.fit_hgb((x, y), (x, y), {1: 3}, settings, seed)
         data = self.root / "data"
         write_json(data / "prepare" / "schema.json", schema)
         model.save(data / "train" / "model", "hgb", baseline.dumps(fitted), transform, schema, sql.encode())
@@ -154,14 +154,14 @@ class Project:
 
     def bare_version(self, digest: str) -> int:
         """A registered version without a model, for what only moves it."""
-        client = registry.client()
+        client = tracking.client()
         if not (experiments := client.search_experiments(filter_string="name = 'ballast'")):
             artifacts = (self.root / "var" / "mlflow" / "artifacts").as_uri()
-            client.create_experiment(registry.EXPERIMENT, artifact_location=artifacts)
+            client.create_experiment(tracking.EXPERIMENT, artifact_location=artifacts)
             client.create_registered_model(registry.name())
             experiments = client.search_experiments(filter_string="name = 'ballast'")
         run_id = client.create_run(experiments[0].experiment_id).info.run_id
-        tags = {registry.DIGEST: digest, registry.LOCK: ""}
+        tags = {tracking.DIGEST: digest, registry.LOCK: ""}
         return int(client.create_model_version(registry.name(), "nowhere", run_id, tags=tags).version)
 
     def decided(self, version: int, digest: str, verdict: str = "promote") -> str:
@@ -201,7 +201,7 @@ def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mlflow")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        registry.client().search_experiments()
+        tracking.client().search_experiments()
     return folder / "mlflow.db"
 
 

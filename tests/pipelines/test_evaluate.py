@@ -48,7 +48,7 @@ def challenger(tmp_path_factory) -> Path:
     transform = model.Transform.fit(train, Features(numeric=["x", "size"], categorical=["shop"]))
     matrix, label = transform.encode(train), train["label"].to_numpy("float32")
     settings = baseline.HgbParams(iterations=20, patience=20, learning_rate=0.1, max_leaf_nodes=8)
-    fitted = baseline.fit((matrix, label), (matrix, label), {2: 4}, settings, seed=1)
+    fitted = baseline.fit_hgb((matrix, label), (matrix, label), {2: 4}, settings, seed=1)
     folder = tmp_path_factory.mktemp("train") / "model"
     model.save(folder, "hgb", baseline.dumps(fitted), transform, {"tables": {}}, b"SELECT 1")
     return folder

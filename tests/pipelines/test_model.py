@@ -82,8 +82,9 @@ def transform() -> Transform:
 def net(transform: Transform) -> network.Network:
     torch.manual_seed(1)
     categories = tuple(len(column.vocabulary) + 1 for column in transform.categorical)
+    bins = (-2.0, -1.0, 0.0, 2.0), (-1.0, 0.5, 3.0)  # of different number
     return network.Network(
-        network.NetworkConfig(2, (0,), categories, ensemble=4, blocks=2, width=16, dropout=0.1, embedding=3)
+        network.NetworkConfig(2, (0,), bins, categories, ensemble=4, blocks=2, width=16, dropout=0.1, embedding=3)
     )
 
 
@@ -92,7 +93,16 @@ def trees(transform: Transform) -> Any:
     rows = flights()
     window = transform.encode(rows), rows["label"].to_numpy(np.float32)
     params = baseline.HgbParams(iterations=5, patience=5, learning_rate=0.3, max_leaf_nodes=6)
-    return baseline.fit(window, window, {2: 4, 3: 3}, params, seed=1)
+    return baseline.fit_hgb(window, window, {2: 4, 3: 3}, params, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pipeline(transform: Transform) -> Any:
+    rows = flights()
+    window = transform.encode(rows), rows["label"].to_numpy(np.float32)
+    return baseline.fit_logistic(
+        window, {2: 4, 3: 3}, baseline.LogisticParams(iterations=50, inverse_penalty=1.0), seed=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +119,14 @@ def hgb_folder(tmp_path_factory: pytest.TempPathFactory, trees: Any, transform: 
     return folder
 
 
-@pytest.fixture(params=["tabm", "hgb"])
+@pytest.fixture(scope="module")
+def logistic_folder(tmp_path_factory: pytest.TempPathFactory, pipeline: Any, transform: Transform) -> Path:
+    folder = tmp_path_factory.mktemp("logistic") / "model"
+    model.save(folder, "logistic", baseline.dumps(pipeline), transform, SCHEMA, SQL)
+    return folder
+
+
+@pytest.fixture(params=["tabm", "hgb", "logistic"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A copy of a model folder of each kind."""
     return Path(shutil.copytree(request.getfixturevalue(f"{request.param}_folder"), tmp_path / "model"))
@@ -185,6 +202,26 @@ def test_load_hgb_predicts_as_the_trees_did(hgb_folder: Path, trees: Any, transf
     np.testing.assert_array_equal(
         model.load(hgb_folder).predict(raw()), trees.predict_proba(transform.encode(raw()))[:, 1]
     )
+
+
+def test_load_logistic_predicts_as_the_pipeline_did(logistic_folder: Path, pipeline: Any, transform: Transform) -> None:
+    np.testing.assert_array_equal(
+        model.load(logistic_folder).predict(raw()), pipeline.predict_proba(transform.encode(raw()))[:, 1]
+    )
+
+
+def test_predict_temperature_divides_the_log_odds(
+    hgb_folder: Path, trees: Any, transform: Transform, tmp_path: Path
+) -> None:
+    schema = {**SCHEMA, "temperature": 2.0}
+    model.save(tmp_path / "model", "hgb", baseline.dumps(trees), transform, schema, SQL)
+    cold, warm = (model.load(folder).predict(raw()) for folder in (hgb_folder, tmp_path / "model"))
+    np.testing.assert_allclose(np.log(warm / (1 - warm)), np.log(cold / (1 - cold)) / 2, rtol=1e-9)
+
+
+def test_tempered_probabilities_at_the_ends_stay_there() -> None:
+    warm = model.tempered(np.array([0.0, 0.5, 1.0]), 1.7)
+    np.testing.assert_allclose(warm, [0, 0.5, 1], rtol=0, atol=1e-15)
 
 
 def test_predict_rows_in_other_company_keeps_their_probability(folder: Path) -> None:
@@ -373,6 +410,17 @@ def test_loads_trees_of_another_class_is_refused() -> None:
         baseline.loads(skops.io.dumps(LogisticRegression()))
 
 
+def test_loads_pipeline_of_other_steps_is_refused() -> None:
+    import skops.io
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    hostile = Pipeline([("inputs", FunctionTransformer()), ("regression", LogisticRegression())])
+    with pytest.raises(BallastError, match="pipeline of other steps"):
+        baseline.loads(skops.io.dumps(hostile))
+
+
 @pytest.mark.parametrize(("field", "value"), [("left", 10**6), ("left", 0), ("feature_idx", 99), ("feature_idx", -1)])
 def test_loads_trees_with_an_index_out_of_range_is_refused(trees: Any, field: str, value: int) -> None:
     nodes = trees._predictors[0][0].nodes
@@ -384,10 +432,11 @@ def test_loads_trees_with_an_index_out_of_range_is_refused(trees: Any, field: st
         baseline.loads(broken)
 
 
-def test_untrusted_types_are_those_listed(trees: Any) -> None:
+def test_untrusted_types_are_those_listed(trees: Any, pipeline: Any) -> None:
     import skops.io
 
-    assert set(skops.io.get_untrusted_types(data=baseline.dumps(trees))) == set(baseline.TRUSTED)
+    files = [baseline.dumps(classifier) for classifier in (trees, pipeline)]
+    assert {name for data in files for name in skops.io.get_untrusted_types(data=data)} == set(baseline.TRUSTED)
 
 
 @pytest.mark.parametrize("data", [b"no zip", b"PK\x05\x06" + b"\0" * 4])

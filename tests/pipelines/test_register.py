@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import Project, read
 
-from pipelines import provenance, registry
+from pipelines import provenance, registry, tracking
 from pipelines.errors import BallastError
 from pipelines.files import sha256, write_json
 
@@ -36,11 +37,11 @@ def test_register_after_cached_training_fills_a_run(project: Project) -> None:
     write_json(project.root / "data" / "validate" / "verdict.json", {"passed": True})
     version = project.register()
     run_id = registry.version(version).run_id
-    run = registry.run_data(run_id)
+    run = tracking.run_data(run_id)
     assert run.params == {"seed": "1", "threads": "2", "tabm.width": "8"}
     assert {"hgb/log_loss": 0.5, "test_roc_auc": 0.81, "hgb/validation_log_loss": 0.62}.items() <= run.metrics.items()
     assert "test_pr_auc" not in run.metrics
-    history = registry.client().get_metric_history(run_id, "hgb/validation_log_loss")
+    history = tracking.client().get_metric_history(run_id, "hgb/validation_log_loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.71), (2, 0.62)]
     for name in ("evaluate/metrics.json", "prepare/schema.json", "validate/verdict.json", "params.yaml"):
         assert registry.attached(version, name)
@@ -48,14 +49,38 @@ def test_register_after_cached_training_fills_a_run(project: Project) -> None:
     assert environment["recorded_by"] == "register"
 
 
+def test_register_puts_data_sets_importance_and_refit_with_run_and_version(project: Project) -> None:
+    project.train()
+    data = project.root / "data"
+    trained = read(data / "train" / "result.json")
+    write_json(data / "train" / "result.json", {**trained, "refit": False})
+    plain = registry.version(project.register())
+    assert "ballast.refit" not in {**plain.tags, **tracking.client().get_run(plain.run_id).data.tags}
+    assert registry.attached(plain.number, "train/importance.csv") is None
+    for window in ("train", "validation"):
+        shutil.copy(data / "prepare" / "test.parquet", data / "prepare" / f"{window}.parquet")
+    (data / "train" / "importance.csv").write_text("feature,importance,std\nx,0.1,0.01\n")
+    write_json(data / "train" / "result.json", {**trained, "refit": True})
+    (project.root / "dvc.lock").write_text("another")
+    for _ in range(2):
+        refit = registry.version(project.register())
+    assert refit.number == plain.number + 1
+    run = tracking.client().get_run(refit.run_id)
+    assert (refit.tags["ballast.refit"], run.data.tags["ballast.refit"]) == ("true", "true")
+    for name in ("importance.csv", "history.csv"):
+        assert registry.attached(refit.number, f"train/{name}") == (data / "train" / name).read_bytes()
+    names = [(one.dataset.name, one.tags[0].value) for one in run.inputs.dataset_inputs]
+    assert sorted(names) == [(f"prepare/{name}.parquet", name) for name in ("test", "train", "validation")]
+
+
 def test_register_after_live_training_takes_its_run_and_adds_what_it_lacks(project: Project) -> None:
     digest = project.train()
-    with registry.training_run(registry.EXPERIMENT, {"seed": 1, "threads": 2}) as live:
+    with tracking.training_run(tracking.EXPERIMENT, {"seed": 1, "threads": 2}) as live:
         live.log(1, {"hgb/train_log_loss": 0.7, "hgb/validation_log_loss": 0.71})  # then the server was away
         live.trained(digest)
     version = project.register()
     assert registry.version(version).run_id == live.run_id
-    history = registry.client().get_metric_history(live.run_id, "hgb/validation_log_loss")
+    history = tracking.client().get_metric_history(live.run_id, "hgb/validation_log_loss")
     assert [(point.step, point.value) for point in history] == [(1, 0.71), (2, 0.62)]
     assert json.loads(registry.attached(version, "environment.json") or b"")["recorded_by"] == "train"
 
@@ -65,7 +90,7 @@ def test_register_in_a_later_dag_run_takes_the_environment_of_the_training(
 ) -> None:
     """The training is cached: what this process finds here says nothing of it."""
     digest = project.train()
-    with registry.training_run(registry.EXPERIMENT, {"threads": 7}) as live:
+    with tracking.training_run(tracking.EXPERIMENT, {"threads": 7}) as live:
         live.trained(digest)
     monkeypatch.setenv("BALLAST_RUN", "later")
     version = registry.version(project.register())
@@ -99,7 +124,7 @@ class Cut(BaseException):
 
 def test_register_cut_off_after_any_call_ends_in_one_version(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first of each kind of call to MLflow it ends; then it is run again."""
-    client, count = registry.client(), 0
+    client, count = tracking.client(), 0
     project.train()
     for name in _calls(project, client):
         (project.root / "dvc.lock").write_text(name)  # so that this is a version of its own
@@ -115,7 +140,8 @@ def test_register_cut_off_after_any_call_ends_in_one_version(project: Project, m
 
 def _calls(project: Project, client: Any) -> list[str]:
     """The client's methods that a registration calls itself; the second one: the first also makes the experiment."""
-    called = [name for name in dir(client) if f"client().{name}(" in Path(registry.__file__).read_text()]
+    code = "".join(Path(str(module.__file__)).read_text() for module in (registry, tracking))
+    called = [name for name in dir(client) if f"client().{name}(" in code]
     seen: list[str] = []
     project.register()
     (project.root / "dvc.lock").write_text("to see the calls")

@@ -1,114 +1,14 @@
 from __future__ import annotations
 
-import json
-import time
-from contextlib import closing
-from pathlib import Path
-from socket import create_server
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import Project
 
 from pipelines import registry
-from pipelines.errors import BallastError, TryAgain
+from pipelines.errors import BallastError
 from pipelines.files import whole_folder
 from pipelines.model import load
-
-SETTINGS = {"seed": 1, "threads": 2, "tabm": {"width": 8}}
-
-
-def run_of(live: registry.LiveRun) -> Any:
-    return registry.client().get_run(live.run_id)
-
-
-def points(live: registry.LiveRun, name: str) -> list[tuple[int, float]]:
-    history = registry.client().get_metric_history(live.run_id, name)
-    return sorted((point.step, point.value) for point in history)
-
-
-@pytest.fixture
-def nobody_listens() -> str:
-    with closing(create_server(("127.0.0.1", 0))) as server:
-        port = server.getsockname()[1]
-    return f"http://127.0.0.1:{port}"
-
-
-def test_training_run_logs_parameters_history_and_environment(project: Project) -> None:
-    with registry.training_run("late", SETTINGS) as live:
-        live.log(1, {"tabm/loss": 0.7})
-        live.log(2, {"tabm/loss": 0.6})
-        live.trained("d" * 64)
-    run = run_of(live)
-    assert run.data.params == {"seed": "1", "threads": "2", "tabm.width": "8"}
-    assert points(live, "tabm/loss") == [(1, 0.7), (2, 0.6)]
-    assert (run.info.status, run.data.tags[registry.DIGEST]) == ("FINISHED", "d" * 64)
-    found = json.loads(Path(registry.client().download_artifacts(live.run_id, "environment.json")).read_text())
-    assert (found["recorded_by"], found["threads"]) == ("train", 2)
-    assert found["cpu_capability"]
-
-
-def test_training_run_of_a_repeated_dag_run_goes_on_in_the_same_run(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BALLAST_DAG", "retrain_scheduled")
-    monkeypatch.setenv("BALLAST_RUN", "manual__2013-04-01T00:00:00+00:00")
-    with pytest.raises(KeyboardInterrupt), registry.training_run("late", SETTINGS) as first:
-        first.log(1, {"loss": 0.7})
-        raise KeyboardInterrupt
-    assert run_of(first).info.status == "FAILED"
-    with registry.training_run("late", SETTINGS) as second:
-        second.log(1, {"loss": 0.7})
-        second.log(2, {"loss": 0.6})
-    assert second.run_id == first.run_id
-    assert points(second, "loss") == [(1, 0.7), (2, 0.6)]
-    assert run_of(second).info.status == "FINISHED"
-    monkeypatch.setenv("BALLAST_DAG", "retrain_on_drift")
-    with registry.training_run("late", SETTINGS) as other:
-        assert other.run_id != first.run_id
-
-
-def test_training_run_takes_the_run_that_is_handed_in(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    with registry.training_run("late", {}) as first:
-        pass
-    monkeypatch.setenv("MLFLOW_RUN_ID", str(first.run_id))
-    with registry.training_run("late", {}) as second:
-        assert second.run_id == first.run_id
-
-
-def test_training_run_without_a_server_warns_once_and_goes_on(
-    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nobody_listens: str
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody_listens)
-    with registry.training_run("late", SETTINGS) as live:
-        live.log(1, {"loss": 0.7})
-        live.log(2, {"loss": 0.6})
-    assert live.run_id is None
-    assert len(caplog.records) == 1
-    assert nobody_listens in caplog.text
-
-
-def test_training_run_that_loses_its_server_warns_once_and_goes_on(
-    project: Project, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, nobody_listens: str
-) -> None:
-    with registry.training_run("late", SETTINGS) as live:
-        live.log(1, {"loss": 0.7})
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody_listens)
-        live.log(2, {"loss": 0.6})
-        live.log(3, {"loss": 0.5})
-    assert len(caplog.records) == 1
-
-
-def test_client_without_its_server_says_so_at_once(
-    project: Project, monkeypatch: pytest.MonkeyPatch, nobody_listens: str
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", nobody_listens)
-    began = time.monotonic()
-    with pytest.raises(TryAgain, match=f"{nobody_listens} does not answer"):
-        registry.versions()
-    assert time.monotonic() - began < 3
 
 
 def test_version_that_is_not_there_names_those_that_are(project: Project) -> None:
