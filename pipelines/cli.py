@@ -1,4 +1,4 @@
-"""The command ``ballast``: what serves and why, the ledger, one version explained, and the way back.
+"""The command ``ballast``: what serves and why, the ledger, one version explained, the way back, better settings.
 
 Everything heavy is imported by the command that needs it: ``--help`` answers at once.
 """
@@ -6,9 +6,11 @@ Everything heavy is imported by the command that needs it: ``--help`` answers at
 from __future__ import annotations
 
 import json
+import re
 import socket
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -275,6 +277,89 @@ def rollback(
     if not yes:
         typer.confirm(f"The champion is v{ledger[-1].to_version}. Go back to v{goal}?", abort=True)
     typer.echo(back.rollback(state, reason, goal, head=ledger[-1].hash)["summary"])
+
+
+# --- tune
+
+
+@app.command(epilog="Example: ballast tune --kind tabm --trials 40 --budget 30m")
+def tune(
+    kind: Annotated[
+        Literal["tabm", "hgb", "logistic"] | None, typer.Option(help="What is tuned; else the first of the candidates.")
+    ] = None,
+    sampler: Annotated[Literal["tpe", "random", "grid"], typer.Option(help="How settings are drawn.")] = "tpe",
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many there are to be in the study: else 30, or the whole grid.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="The longest that it may take: 90s, 10m, 1h30m.")] = None,
+    folds: Annotated[int, typer.Option(min=1, help="How many origins of time, each with its validation days.")] = 3,
+    study: Annotated[
+        str | None, typer.Option(help="Its name: one that is there goes on. Else the kind and the as-of date.")
+    ] = None,
+    space: Annotated[Path | None, typer.Option(help="The search space; else pipelines/tune.yaml.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Better settings for one kind of candidate, as a diff for params.yaml. Goes on where an earlier run ended."""
+    budget_s = _seconds(budget) if budget else float("inf")
+    from pipelines import tune as tuning
+
+    asked = tuning.Asked(kind, sampler, trials, budget_s, folds, study, space or tuning.SPACE, seed)
+    found = tuning.tune(Path("data/prepare"), Path("params.yaml"), asked)
+    _print_json(found) if as_json else _show_tuning(found)
+    if found["ended"] == "interrupted":
+        raise typer.Exit(130)
+    if not found["best"]:
+        raise BallastError("The budget was used up before the present settings were measured. Give it more.")
+
+
+def _seconds(budget: str) -> float:
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", budget)
+    hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    if not (total := 3600 * hours + 60 * minutes + seconds):
+        raise BallastError(f"--budget must be a time such as 90s, 10m or 1h30m (found {budget!r}).")
+    return float(total)
+
+
+def _show_tuning(found: dict[str, Any]) -> None:
+    out, trials, best = _console(), found["trials"], found["best"]
+    counts = f"{trials['complete']} complete, {trials['pruned']} pruned, of {trials['asked']}"
+    _line(out, "study", f"{found['study']}: {counts}{_ENDED[found['ended']]}")
+    for number, trial in enumerate(best):
+        by_fold = " ".join(f"{loss:.4f}" for loss in trial["by_fold"])
+        said = f"{trial['log_loss']:.4f}  [dim]{by_fold}[/dim]  {_plain(_setting_words(trial['changed']))}"
+        _line(out, "" if number else "best", said)
+    if found["present"] and found["present"] not in best:
+        _line(out, "present", f"{found['present']['log_loss']:.4f}")
+    for number, (name, share) in enumerate(found["importance"].items()):
+        _line(out, "" if number else "importance", f"{share:>4.0%}  {name}")
+    if found["diff"]:
+        _show_gain(out, found)
+    elif best and found["gain"]:
+        _line(out, "result", "nothing better than the present settings was found")
+
+
+_ENDED = {"trials": "", "budget": "; the budget is used up", "interrupted": "; interrupted, the same call goes on"}
+
+
+def _setting_words(changed: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "the present settings"
+
+
+def _show_gain(out: Console, found: dict[str, Any]) -> None:
+    gain = found["gain"]
+    error = f" ± {gain['standard_error']:.4f}" if gain["standard_error"] is not None else ""
+    by_fold = ", ".join(f"{fold:+.4f}" for fold in gain["by_fold"])
+    said = f"[bold]better by {gain['log_loss']:.4f}{error}[/bold] than the present settings (by fold {by_fold})"
+    _line(out, "result", said)
+    if gain["log_loss"] <= (gain["standard_error"] or 0.0):
+        _line(out, "", "[yellow]no more than its standard error over the folds: hardly a difference[/yellow]")
+    if not found["competes"]:
+        _line(out, "", f"{found['kind']} does not compete yet: add it to `train.candidates`")
+    for line in found["diff"].splitlines():
+        colour = {"+": "green", "-": "red"}.get(line[:1])
+        out.print(f"[{colour}]{_plain(line)}[/{colour}]" if colour else _plain(line))
+    _line(out, "apply", f"git apply {_plain(found['diff_file'])}")
 
 
 # --- output

@@ -58,13 +58,13 @@ def test_help_answers_at_once_and_has_an_example_each(project: Project) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "pipelines.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 3  # a fifth of a second on an idle machine
-    for name in ("status", "history", "explain", "rollback"):
+    for name in ("status", "history", "explain", "rollback", "tune"):
         assert name in done.stdout
-    heavy = re.findall(r"\| +(mlflow|pandas|sqlalchemy|torch|pydantic|numpy|rich)$", done.stderr, re.MULTILINE)
+    heavy = re.findall(r"\| +(mlflow|optuna|pandas|sqlalchemy|torch|pydantic|numpy|rich)$", done.stderr, re.MULTILINE)
     assert heavy == []
 
 
-@pytest.mark.parametrize("name", ["status", "history", "explain", "rollback"])
+@pytest.mark.parametrize("name", ["status", "history", "explain", "rollback", "tune"])
 def test_help_of_a_command_has_an_example(ballast: Any, name: str) -> None:
     code, out, _ = ballast(name, "--help")
     assert code == 0
