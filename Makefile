@@ -1,7 +1,7 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test test-e2e check
+.PHONY: help setup run up down test test-e2e check bench-quality bench-train
 .NOTPARALLEL:
 
 unexport PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -13,7 +13,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 BIN := .venv/bin
 
 help: ## This list
-	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 setup: ## Install the locked environment into .venv (every other target does it first)
 	@sh scripts/setup.sh
@@ -41,3 +41,9 @@ check: setup ## Format, lint, types, and who may import whom
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench-quality: setup ## What the model is worth: the challenger of each month, April to December 2013, on that month
+	@$(BIN)/python -m benchmarks.quality
+
+bench-train: setup ## What a training step costs, and how long training takes to be as good as the baselines
+	@$(BIN)/python -m benchmarks.train
