@@ -103,7 +103,7 @@ def result_of(months: list[Month], features: Features, params: TrainParams) -> R
     for month in months:
         transform = Transform.fit(month.past, features)
         past = Window(transform.encode(month.past), month.past["label"].to_numpy(np.float32))
-        with reproducible(params.seed, params.threads), contextlib.redirect_stderr(io.StringIO()):
+        with reproducible(params.seed, params.threads), contextlib.redirect_stdout(io.StringIO()):
             candidate = fit("hgb", past, None, transform, params)
         label, probability = month.rows["label"].astype(float), candidate.predict(transform.encode(month.rows))
         losses.append(metrics.log_loss_rows(label, probability))
