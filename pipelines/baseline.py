@@ -63,6 +63,12 @@ def fit_hgb(train: Rows, validation: Rows | None, categories: Mapping[int, int],
     return classifier.fit(*train, X_val=validation[0], y_val=validation[1])
 
 
+def best_iteration(classifier: Any) -> int:
+    """The iteration with the least validation loss; without a validation window, the last."""
+    scores = classifier.validation_score_
+    return int(np.argmax(scores)) if len(scores) else int(classifier.n_iter_)
+
+
 def fit_logistic(train: Rows, categories: Mapping[int, int], params: LogisticParams, seed: int) -> Any:
     """Fit a logistic regression: numbers as they are, 0 and an indicator where one is missing, codes as indicators."""
     from sklearn.compose import ColumnTransformer
@@ -142,6 +148,16 @@ def probability(classifier: Any, matrix: npt.NDArray[np.float32]) -> npt.NDArray
 
 def _check_trees(classifier: Any) -> None:
     """scikit-learn follows a tree's indices unchecked: a wrong one would read beyond its arrays, or never end."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.preprocessing import FunctionTransformer, OrdinalEncoder
+
+    known = classifier._bin_mapper.is_categorical_
+    before = classifier._preprocessor  # brings the categorical columns to the front
+    parts = [] if before is None else [type(part[1]) for part in before.transformers_]
+    if len(known) != classifier.n_features_in_ or not (before is None or type(before) is ColumnTransformer):
+        raise BallastError("model.skops holds trees for other columns than it says. Take the model again.")
+    if not set(parts) <= {FunctionTransformer, OrdinalEncoder, str}:
+        raise BallastError(f"model.skops holds other steps before its trees (found {parts}). Take the model again.")
     for tree in (tree for iteration in classifier._predictors for tree in iteration):
         above = np.flatnonzero(tree.nodes["is_leaf"] == 0)
         inner = tree.nodes[above]
@@ -160,11 +176,17 @@ def _check_trees(classifier: Any) -> None:
 def _check_steps(pipeline: Any) -> None:
     """skops trusts every class of scikit-learn; only those that ``fit_logistic`` puts together are taken."""
     from sklearn.compose import ColumnTransformer
-    from sklearn.impute import SimpleImputer
+    from sklearn.impute import MissingIndicator, SimpleImputer
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import OneHotEncoder
 
     steps = [type(step) for _, step in pipeline.steps]
-    parts = [type(part[1]) for part in pipeline.steps[0][1].transformers_] if ColumnTransformer in steps[:1] else []
-    if steps != [ColumnTransformer, LogisticRegression] or not set(parts) <= {SimpleImputer, OneHotEncoder}:
+    found = [part[1] for part in pipeline.steps[0][1].transformers_] if ColumnTransformer in steps[:1] else []
+    within = [part.indicator_ for part in found if type(part) is SimpleImputer]
+    parts = {type(part) for part in (*found, *within)}
+    if steps != [ColumnTransformer, LogisticRegression] or not parts <= {
+        SimpleImputer,
+        MissingIndicator,
+        OneHotEncoder,
+    }:
         raise BallastError(f"model.skops holds a pipeline of other steps (found {steps} of {parts}). Take it again.")

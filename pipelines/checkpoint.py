@@ -7,12 +7,11 @@ folder is named for all that the stage's result depends on, so that nothing else
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +83,7 @@ class Checkpoints:
             "settings": settings,
             "torch": torch.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         }
         root = places.var() / "checkpoints"
         self._folder = root / hashlib.sha256(canonical_json(inputs).encode()).hexdigest()[:16]
@@ -113,5 +113,6 @@ class Checkpoints:
 def _forget_old(root: Path) -> None:
     old = time.time() - KEPT_DAYS * 24 * 3600
     for folder in root.glob("*/"):
-        if max((entry.stat().st_mtime for entry in os.scandir(folder)), default=0.0) < old:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another training is writing there, or clears it
+            if max(path.stat().st_mtime for path in (folder, *folder.iterdir())) < old:
+                shutil.rmtree(folder, ignore_errors=True)

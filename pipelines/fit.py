@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from pipelines.errors import BallastError
 from pipelines.model import Kind, Matrix, Probabilities, Transform
 from pipelines.network import CHUNK, Network, NetworkConfig, Probability
 from pipelines.params import Params
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Log = Callable[[int, Mapping[str, float]], None]
 """Called with a step and its metrics as training goes."""
@@ -71,6 +74,11 @@ class Window:
 
     matrix: Matrix
     label: Matrix
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, transform: Transform) -> Window:
+        """The window of prepared rows."""
+        return cls(transform.encode(frame), frame["label"].to_numpy(np.float32))
 
 
 @dataclass(frozen=True)
@@ -197,8 +205,11 @@ def fit_tabm(
                 optimizer.zero_grad()
                 try:
                     losses[at.step] = _gradients(loss_of, x, y, batches[at.step], parts)
+                    full = False
                 except torch.OutOfMemoryError:
-                    parts = _more_parts(parts, batch_size)
+                    full = True
+                if full:  # not within `except`, whose traceback keeps what filled the device
+                    loss_of, parts = _loss(net, device), _more_parts(parts, batch_size)
                     continue
                 optimizer.step()
                 if average:
@@ -212,6 +223,7 @@ def fit_tabm(
             if asked_to_end():
                 break
             _check_losses(losses, at.epoch, batches, x, transform)
+            _check_weights(judged, at.epoch)
             rate = (steps - before) * batch_size / (time.monotonic() - began)
 
             point = {"epoch": at.epoch, "train_log_loss": losses.mean().item()}
@@ -277,7 +289,7 @@ def _edges(column: Matrix, bins: int) -> tuple[float, ...]:
 
 
 def _loss(net: Network, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -294,7 +306,10 @@ def _compiled(
     """On a GPU as CUDA graphs, where launching kernels one by one would take longer than they do."""
     if wanted is False or (wanted == "auto" and device.type == "cpu"):
         return loss
-    return torch.compile(loss, mode="reduce-overhead" if device.type == "cuda" else "default")
+    torch._dynamo.reset()  # it compiles one function for eight networks at most, then silently none
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, mode=mode, dynamic=False)
+    return compiled
 
 
 def _order(rows: int, seed: int, epoch: int, device: torch.device) -> Tensor:
@@ -330,7 +345,9 @@ def _more_parts(parts: int, batch_size: int) -> int:
         "gradients added up. A smaller `train.tabm.batch_size` would avoid it.",
         flush=True,
     )
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch._dynamo.reset()  # the graphs of whole batches hold their memory, and do not add gradients up
+        torch.cuda.empty_cache()
     return 2 * parts
 
 
@@ -354,8 +371,17 @@ def _check_losses(losses: Tensor, epoch: int, batches: Tensor, x: Tensor, transf
     where = ", ".join(f"{name} {value:.3g}" for value, name in furthest) or "no numeric column"
     raise BallastError(
         f"The loss is not finite in epoch {epoch}, batch {step + 1} of {len(batches)}. Furthest from its mean there, "
-        f"in standard deviations: {where}. Clip such values in prepare.sql, or lower `train.tabm.learning_rate`."
+        f"in standard deviations: {where}. Clip such values in prepare.sql, or lower `train.tabm.learning_rate` "
+        "(if nothing there is far out, the batch before it threw the weights)."
     )
+
+
+def _check_weights(net: Network, epoch: int) -> None:
+    """The last step of an epoch may have made them infinite, and no loss tells of it yet."""
+    if not all(bool(weights.isfinite().all()) for weights in net.parameters()):
+        raise BallastError(
+            f"The weights are not finite after the last batch of epoch {epoch}. Lower `train.tabm.learning_rate`."
+        )
 
 
 def _standing(
@@ -417,7 +443,7 @@ def fit_hgb(
         log(int(point["epoch"]), named("hgb", point))
     return Candidate(
         kind="hgb",
-        length={"iterations": iterations},
+        length={"iterations": baseline.best_iteration(classifier)},
         history=history,
         predict=lambda matrix: baseline.probability(classifier, matrix),
         dumps=lambda: baseline.dumps(classifier),

@@ -136,7 +136,6 @@ SELECT
     seen.arr_delay > 15 AS label,  -- the US DOT's line; null where the flight was cancelled or diverted
 
     seen.sched_dep_time // 100 + (seen.sched_dep_time % 100) / 60 AS departure_hour,
-    seen.distance,
     observed.dewp,
     observed.wind_from_east,
     observed.wind_from_north,

@@ -54,7 +54,7 @@ def train(
     transform = Transform.fit(frames["train"], features)
     for name, reason in transform.dropped.items():
         print(f"{name} is left out: {reason} in the train window", flush=True)
-    seen, unseen = (Window(transform.encode(frame), frame["label"].to_numpy(np.float32)) for frame in frames.values())
+    seen, unseen = (Window.of(frame, transform) for frame in frames.values())
 
     def checkpoint(name: str) -> Checkpoint:
         return checkpoints.of(name) if checkpoints else Checkpoint()
@@ -104,7 +104,7 @@ def _reject_unusable(window: str, frame: pd.DataFrame, features: Features) -> No
             f"The {window} window needs rows of both classes (found {found}). See the windows in `prepare`."
         )
     for name in features.numeric:
-        if infinite := int(np.isinf(frame[name]).sum()):
+        if infinite := int((frame[name].abs() > np.finfo(np.float32).max).sum()):
             raise DataRejected(f"`{name}` is infinite in {infinite} {window} rows. Guard it in prepare.sql.")
 
 
@@ -209,8 +209,9 @@ def main() -> None:
     arguments = options("train", "data", "sql", "out")
     params = load(arguments.params, "train", TrainParams)
     inputs = {name: arguments.data / f"{name}.parquet" for name in ("train", "validation")}
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    checkpoints = Checkpoints([*inputs.values(), arguments.data / "schema.json", *code], params.model_dump())
+    code = [*sorted(Path(__file__).parent.glob("*.py")), *Path().glob("uv.lock")]
+    data = [*inputs.values(), arguments.data / "schema.json", arguments.sql]
+    checkpoints = Checkpoints([*data, *code], params.model_dump())
     with tracking.training_run(
         tracking.EXPERIMENT, params.model_dump(), run_id=checkpoints.run_id, inputs=inputs
     ) as run:

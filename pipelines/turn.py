@@ -1,4 +1,4 @@
-"""One turn of the loop, shown as it happens: train and promote a champion, watch its first month, retrain if need be.
+"""One turn of the loop, shown as it happens: train and promote a champion, watch it month by month, retrain.
 
 ``python -m pipelines.turn``. Every run it starts has an id made of its date: a second turn finds the runs of the first,
 shows them, lets a failed one go on from where it failed, and follows one that still runs.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CRON = ("retrain_scheduled", "monitor")
 BY_EVENT = ("retrain_on_drift", "promote")
+MONTHS = 6  # that are monitored at most, if the policy waits
 POLL_S = 0.3
 LOG_POLL_S = 1.0
 EVENT_WITHIN_S = 60.0
@@ -136,20 +137,21 @@ def turn() -> None:
 
 
 def take(airflow: Airflow, day: date, screen: Screen) -> dict[str, float]:
-    """Train as of ``day``, monitor the month after it, retrain if the policy says so; return each DAG's seconds."""
-    end, month = _month_after(day), f"{day:%Y-%m}"
+    """Train as of ``day``, monitor the months after it until the policy says so, then retrain; return DAGs' seconds."""
     first = airflow.trigger("retrain_scheduled", f"turn__{day}", {"as_of": str(day)})
-    took = {first.dag_id: retraining(airflow, first, f"as of {day}", screen)}
-
-    second = airflow.trigger("monitor", f"turn__{month}", {"start": str(day), "as_of": str(end)})
-    screen.title(f"monitor · {day:%B %Y}" if day.day == 1 else f"monitor · {day} to {end}")
-    monitored = follow(airflow, second, screen)
-    took[second.dag_id] = monitored.seconds
-
-    if "drift_detected" in monitored.results:
-        for run in started_by(airflow, second, "retrain_on_drift"):
-            why = f"as of {end} · because of monitor {month}"
-            took[run.dag_id] = retraining(airflow, run, why, screen)
+    took = {first.dag_id: retraining(airflow, first, f"as of {day}", screen), "monitor": 0.0}
+    for _ in range(MONTHS):
+        end, month = _month_after(day), f"{day:%Y-%m}"
+        run = airflow.trigger("monitor", f"turn__{month}", {"start": str(day), "as_of": str(end)})
+        screen.title(f"monitor · {day:%B %Y}" if day.day == 1 else f"monitor · {day} to {end}")
+        monitored = follow(airflow, run, screen)
+        took["monitor"] += monitored.seconds
+        if "drift_detected" in monitored.results:
+            for retrained in started_by(airflow, run, "retrain_on_drift"):
+                why = f"as of {end} · because of monitor {month}"
+                took[retrained.dag_id] = retraining(airflow, retrained, why, screen)
+            break
+        day = end
     return took
 
 

@@ -93,7 +93,7 @@ def _convert(values: pa.ChunkedArray, kind: ColumnType) -> pa.ChunkedArray:
         raise pa.ArrowInvalid(f"{values.type} is no {kind}")
     if kind == "bool" and not pt.is_boolean(values.type):
         return _parse(values.cast(pa.string()), kind)  # a plain cast would take the number 2 for true
-    return values.cast(ARROW[kind])
+    return _without_nan(values.cast(ARROW[kind]), kind)
 
 
 def _is_text(found: pa.DataType) -> bool:
@@ -116,7 +116,12 @@ def _parse(text: pa.ChunkedArray, kind: ColumnType) -> pa.ChunkedArray:
         parsed = text.cast(ARROW[kind])
     except pa.ArrowInvalid:
         parsed = _parse_spellings(text, kind)
-    return pc.if_else(pc.is_nan(parsed), None, parsed) if kind == "float" else parsed
+    return _without_nan(parsed, kind)
+
+
+def _without_nan(values: pa.ChunkedArray, kind: ColumnType) -> pa.ChunkedArray:
+    """Null for NaN, which SQL takes for the largest of all numbers."""
+    return pc.if_else(pc.is_nan(values), None, values) if kind == "float" else values
 
 
 def _parse_spellings(text: pa.ChunkedArray, kind: ColumnType) -> pa.ChunkedArray:

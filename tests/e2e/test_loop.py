@@ -124,7 +124,7 @@ def test_turn_champion_is_what_the_ledger_and_the_alias_say(stack: Stack, turned
     assert status["registry"]["agrees"] is True
     assert f"v{status['champion']['version']} since" in turned
     assert stack.alias() == status["champion"]["version"]
-    assert status["clock"] == "2013-05-01", "the monitor's run advances the example's clock"
+    assert status["clock"] == "2013-08-01", "the monitor's runs advance the example's clock"
 
 
 def test_turn_model_serves_raw_rows_as_pyfunc(stack: Stack, turned: str) -> None:
@@ -173,7 +173,7 @@ for _ in range(2):
 
 
 def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turned: str) -> None:
-    """April is so unlike the winter that the retrained model is surely better: the turn ends with version 2."""
+    """In July the model of April is surely worse, and one that saw the summer surely better: the turn ends with v2."""
     assert stack.told("status")["champion"]["version"] == 2
     stack.ballast("rollback", "--reason", "a test", "--yes")
     assert stack.told("status")["champion"]["version"] == 1

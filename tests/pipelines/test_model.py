@@ -421,6 +421,26 @@ def test_loads_pipeline_of_other_steps_is_refused() -> None:
         baseline.loads(skops.io.dumps(hostile))
 
 
+def test_loads_pipeline_with_another_step_inside_its_imputer_is_refused(pipeline: Any) -> None:
+    import copy
+
+    from sklearn.preprocessing import FunctionTransformer
+
+    hostile = copy.deepcopy(pipeline)
+    hostile[0].transformers_[0][1].indicator_ = FunctionTransformer(np.exp)
+    with pytest.raises(BallastError, match="pipeline of other steps"):
+        baseline.loads(baseline.dumps(hostile))
+
+
+def test_loads_trees_for_other_columns_is_refused(trees: Any) -> None:
+    import copy
+
+    hostile = copy.deepcopy(trees)
+    hostile._bin_mapper.is_categorical_ = np.empty(0, dtype=np.uint8)
+    with pytest.raises(BallastError, match="other columns"):
+        baseline.loads(baseline.dumps(hostile))
+
+
 @pytest.mark.parametrize(("field", "value"), [("left", 10**6), ("left", 0), ("feature_idx", 99), ("feature_idx", -1)])
 def test_loads_trees_with_an_index_out_of_range_is_refused(trees: Any, field: str, value: int) -> None:
     nodes = trees._predictors[0][0].nodes

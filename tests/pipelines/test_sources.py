@@ -217,6 +217,7 @@ NOON = datetime(2013, 1, 1, 12, tzinfo=UTC)
         ("float", ["1e3", "nan", "N/A"], [1000.0, None, None]),
         ("float", ["nan", "0.5"], [None, 0.5]),
         ("float", pa.array([1, None], pa.int8()), [1.0, None]),
+        ("float", pa.array([float("nan"), 1.5]), [None, 1.5]),
         ("string", ["007", "NA", ""], ["007", "NA", ""]),
         ("string", pa.array([7, None]), ["7", None]),
         ("string", pa.array(["x"], pa.large_string()), ["x"]),

@@ -149,6 +149,13 @@ def test_train_tabm_keeps_its_best_epoch_and_stops_after_patience(data: Path, tm
     assert len(history) == score["epochs"] + 2 < 60
 
 
+def test_train_hgb_is_as_long_as_was_best_on_validation(data: Path, tmp_path: Path) -> None:
+    settings = {"iterations": 60, "patience": 8, "learning_rate": 0.5}
+    score = run(data, tmp_path, candidates=["hgb"], hgb=settings)["candidates"]["hgb"]
+    last = pd.read_csv(tmp_path / "history.csv")["epoch"].iloc[-1]
+    assert score["iterations"] == last - 8  # what came after it was patience
+
+
 def test_train_column_of_one_value_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = lay_out(tmp_path / "data", wind=7.0)
     result = run(data, tmp_path / "out", candidates=["tabm"])
@@ -286,6 +293,25 @@ def test_train_asked_to_end_goes_on_to_the_same_model(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
+def test_train_ended_in_the_refit_goes_on_to_the_same_model(
+    data: Path, tmp_path: Path, kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = settings(candidates=["tabm"], tabm=LONG, refit=True)
+    unbroken = train(data, data / "prepare.sql", tmp_path / "unbroken", params)
+    set_rate, calls = fit._set_learning_rate, iter(range(10**6))
+
+    def end(*arguments: Any) -> None:
+        set_rate(*arguments)
+        if next(calls) == 36 + 11:  # six epochs of six steps, and the second of the refit, which has nine
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(fit, "_set_learning_rate", end)
+    with pytest.raises(SystemExit):
+        train(data, data / "prepare.sql", tmp_path / "out", params, checkpoints=kept)
+    assert next(calls) == 36 + 12
+    assert train(data, data / "prepare.sql", tmp_path / "out", params, checkpoints=kept) == unbroken
+
+
 def test_train_killed_at_any_step_goes_on_from_its_last_checkpoint(
     data: Path, tmp_path: Path, kept: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +361,7 @@ def test_checkpoints_that_nobody_took_up_are_forgotten(data: Path, tmp_path: Pat
     Checkpoints([data / "validation.parquet"], {})
     assert file.exists()
     os.utime(file, (0, 0))
+    os.utime(file.parent, (0, 0))
     Checkpoints([data / "validation.parquet"], {})
     assert not file.exists()
 
@@ -351,15 +378,16 @@ def test_checkpoint_is_due_after_its_interval_and_holds_no_code(tmp_path: Path) 
 # --- a device that is too small ---------------------------------------------------------------------------------------
 
 
-def _with_memory_for(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def _with_memory_for(rows: int, monkeypatch: pytest.MonkeyPatch, fail_at: set[int] | None = None) -> list[int]:
     """Let every loss of more than so many rows fail as a full GPU does; return the sizes that went through."""
-    whole, taken = fit._loss, []
+    whole, taken, fail_at = fit._loss, [], fail_at or set()
 
     def loss(net: Any, device: torch.device) -> Any:
         loss_of = whole(net, device)
 
         def limited(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            if len(x) > rows:
+            if len(x) > rows or len(taken) in fail_at:
+                fail_at.discard(len(taken))
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             taken.append(len(x))
             return loss_of(x, y)
@@ -387,6 +415,16 @@ def test_train_out_of_memory_takes_batches_in_parts_to_the_same_effect(
     assert parts["candidates"]["tabm"]["log_loss"] == pytest.approx(whole["candidates"]["tabm"]["log_loss"], abs=1e-4)
 
 
+def test_train_out_of_memory_in_a_later_part_adds_no_gradient_twice(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"candidates": ["tabm"], "tabm": {"dropout": 0.0, "learning_rate": 0.001}}
+    whole = run(data, tmp_path / "whole", **changes)
+    _with_memory_for(40, monkeypatch, fail_at={1})  # the second half of the first batch
+    parts = run(data, tmp_path / "parts", **changes)
+    assert parts["candidates"]["tabm"]["log_loss"] == pytest.approx(whole["candidates"]["tabm"]["log_loss"], abs=1e-4)
+
+
 def test_train_out_of_memory_for_one_row_is_an_error(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,10 +445,16 @@ def test_train_loss_that_is_no_number_names_batch_and_column(tmp_path: Path) -> 
         run(data, tmp_path / "out", tabm={"learning_rate": 1e30})
 
 
-def test_train_infinite_value_is_rejected(tmp_path: Path) -> None:
+def test_train_weights_thrown_by_the_last_batch_are_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(BallastError, match="weights are not finite after the last batch of epoch 1"):
+        run(data, tmp_path, candidates=["tabm"], tabm={"epochs": 1, "batch_size": 400, "learning_rate": 1e38})
+
+
+@pytest.mark.parametrize("value", [-np.inf, 1e39])
+def test_train_infinite_value_is_rejected(tmp_path: Path, value: float) -> None:
     data = lay_out(tmp_path / "data")
     frame = pd.read_parquet(data / "validation.parquet")
-    frame.loc[3, "wind"] = -np.inf
+    frame.loc[3, "wind"] = value
     frame.to_parquet(data / "validation.parquet", index=False)
     with pytest.raises(DataRejected, match="`wind` is infinite in 1 validation rows"):
         run(data, tmp_path / "out")
