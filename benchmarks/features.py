@@ -3,10 +3,11 @@
     python -m benchmarks.features [--months 4,8,12] [--only weather,dest] [--write docs/features.md]
 
 As of the first of each month, HistGradientBoosting with the settings of `train.hgb` learns from the train and the
-validation window as `prepare` cuts them, and predicts the month: with all features, without each of them, and without
-each group whose members can stand in for one another. Below that stand features that are not in the SQL, added one by
-one: those that can be had from a row's time alone. A rise is the mean over all flights of the months, with a standard
-error by day. It includes the luck of one fit: features of no worth rise and fall by about half a thousandth.
+validation window as `prepare` cuts them, and predicts the month. Nothing is held out to stop it early: it takes all of
+`train.hgb.iterations`. It does so with all features, without each of them, and without each group whose members can
+stand in for one another. Below that stand features that are not in the SQL, added one by one: those that can be had
+from a row's time alone. A rise is the mean over all flights of the months, with a standard error by day. It includes
+the luck of one fit: features of no worth rise and fall by about half a thousandth.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def result_of(months: list[Month], features: Features, params: TrainParams) -> R
         past = Window(transform.encode(month.past), month.past["label"].to_numpy(np.float32))
         with reproducible(params.seed, params.threads), contextlib.redirect_stdout(io.StringIO()):
             candidate = fit("hgb", past, None, transform, params)
-        label, probability = month.rows["label"].astype(float), candidate.predict(transform.encode(month.rows))
+            probability = candidate.predict(transform.encode(month.rows))
+        label = month.rows["label"].astype(float)
         losses.append(metrics.log_loss_rows(label, probability))
         areas.append(metrics.binary(label, probability, threshold=0.5, bins=10)["roc_auc"])
     return Result(np.concatenate(losses), float(np.mean(areas)))
@@ -160,6 +162,8 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORDS", help="only the lines that hold one of these words")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
+    if args.write and args.only:
+        parser.error("--write puts the whole table into the page: leave --only out")
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()):
             year = lay_out(Path(folder), args.set)

@@ -10,6 +10,7 @@ import re
 import socket
 from datetime import datetime
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -301,15 +302,17 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Better settings for one kind of candidate, as a diff for params.yaml. Goes on where an earlier run ended."""
-    budget_s = _seconds(budget) if budget else float("inf")
+    began, budget_s = monotonic(), _seconds(budget) if budget else float("inf")
     from pipelines import tune as tuning
+
+    budget_s -= monotonic() - began  # the imports take seconds
 
     asked = tuning.Asked(kind, sampler, trials, budget_s, folds, study, space or tuning.SPACE, seed)
     found = tuning.tune(Path("data/prepare"), Path("params.yaml"), asked)
     _print_json(found) if as_json else _show_tuning(found)
-    if found["ended"] == "interrupted":
-        raise typer.Exit(130)
-    if not found["best"]:
+    if found["ended"] in _EXIT_CODES:
+        raise typer.Exit(_EXIT_CODES[found["ended"]])
+    if not found["present"]:
         raise BallastError("The budget was used up before the present settings were measured. Give it more.")
 
 
@@ -322,12 +325,14 @@ def _seconds(budget: str) -> float:
 
 
 def _show_tuning(found: dict[str, Any]) -> None:
+    from pipelines.tune import words
+
     out, trials, best = _console(), found["trials"], found["best"]
     counts = f"{trials['complete']} complete, {trials['pruned']} pruned, of {trials['asked']}"
     _line(out, "study", f"{found['study']}: {counts}{_ENDED[found['ended']]}")
     for number, trial in enumerate(best):
         by_fold = " ".join(f"{loss:.4f}" for loss in trial["by_fold"])
-        said = f"{trial['log_loss']:.4f}  [dim]{by_fold}[/dim]  {_plain(_setting_words(trial['changed']))}"
+        said = f"{trial['log_loss']:.4f}  [dim]{by_fold}[/dim]  {_plain(words(trial['changed']))}"
         _line(out, "" if number else "best", said)
     if found["present"] and found["present"] not in best:
         _line(out, "present", f"{found['present']['log_loss']:.4f}")
@@ -339,11 +344,13 @@ def _show_tuning(found: dict[str, Any]) -> None:
         _line(out, "result", "nothing better than the present settings was found")
 
 
-_ENDED = {"trials": "", "budget": "; the budget is used up", "interrupted": "; interrupted, the same call goes on"}
-
-
-def _setting_words(changed: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "the present settings"
+_ENDED = {
+    "trials": "",
+    "budget": "; the budget is used up",
+    "interrupted": "; interrupted, the same call goes on",
+    "terminated": "; terminated, the same call goes on",
+}
+_EXIT_CODES = {"interrupted": 130, "terminated": 143}
 
 
 def _show_gain(out: Console, found: dict[str, Any]) -> None:

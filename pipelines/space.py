@@ -75,7 +75,7 @@ class Axis(Params):
 
 
 def read(path: Path, kind: Kind, present: Params) -> dict[str, Axis]:
-    """Read the axes of a kind from ``path``, each widened to hold the ``present`` value.
+    """Read the axes of a kind from ``path``, as they are written, in the types of the ``present`` settings.
 
     Raises ParamsError for what is no setting, and for a value that the setting itself would not take.
     """
@@ -123,7 +123,7 @@ def _axis(where: str, name: str, value: Any, present: Params) -> Axis:
             if axis.step != int(axis.step):
                 raise ParamsError(f"{where}: the setting is a whole number, `step` is not (found {axis.step}).")
             typed["step"] = int(axis.step)
-    return _holding(where, axis.model_copy(update=typed), getattr(present, name))
+    return axis.model_copy(update=typed)
 
 
 def _words(error: Any) -> str:
@@ -142,15 +142,21 @@ def _accepted(where: str, name: str, value: Any, present: Params) -> Any:
         raise ParamsError(f"{where}: the setting takes no {value!r}: {detail['msg']}") from None
 
 
-def _holding(where: str, axis: Axis, present: Any) -> Axis:
-    """The axis, widened to hold the present value: the search must be able to stay where it is."""
+def widened(axes: Axes, present: Params) -> dict[str, Axis]:
+    """The axes, each widened to hold the present value: the search must be able to stay where it is."""
+    return {name: _holding(name, axis, getattr(present, name)) for name, axis in axes.items()}
+
+
+def _holding(name: str, axis: Axis, present: Any) -> Axis:
     points = axis.points()
     if points is not None:
         there = any(_same(point, present) for point in points)
         return axis if there else Axis(choices=[*points, present])
     assert axis.low is not None and axis.high is not None
     if axis.log and present <= 0:
-        raise ParamsError(f"{where}: the present value {present} has no logarithm. Use `log: false`, or `choices`.")
+        raise ParamsError(
+            f"Search space, `{name}`: the present value {present} has no logarithm. Use `log: false`, or `choices`."
+        )
     return axis.model_copy(update={"low": min(axis.low, present), "high": max(axis.high, present)})
 
 

@@ -41,6 +41,8 @@ SYSTEM = "system/"  # MLflow's prefix of system metrics
 SAMPLE_S = (
     2.0  # unless MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL says otherwise; by MLflow's 10 short trainings show none
 )
+TRAINING = "training goes on, register fills them in later"
+TUNING_ON = "tuning goes on, and nothing fills them in later"
 END_S = 1.5  # for the last of them: a step has 4 s after SIGTERM
 
 
@@ -58,10 +60,14 @@ class RunData:
 
 @dataclass
 class LiveRun:
-    """The MLflow run of something that is under way; ``run_id`` is None while MLflow is away."""
+    """The MLflow run of something that is under way; ``run_id`` is None while MLflow is away.
+
+    ``consequence`` says in the warning what that means.
+    """
 
     run_id: str | None
     logged: set[tuple[str, int]] = field(default_factory=set)
+    consequence: str = TRAINING
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of one step. What an earlier attempt of the same run has logged is not logged again."""
@@ -78,13 +84,17 @@ class LiveRun:
         """Name the model that came out, so that ``register`` finds this run where no DAG run ties them together."""
         self.tag({DIGEST: digest})
 
+    def end(self, status: str) -> None:
+        """Set what became of it: FINISHED, FAILED or KILLED."""
+        self._send(lambda run_id: client().set_terminated(run_id, status))
+
     def _send(self, call: Callable[[str], object]) -> None:
         if self.run_id is None:
             return
         try:
             call(self.run_id)
         except Exception as error:  # whatever MLflow raises: the work is worth more than its live picture
-            _warn_away(error)
+            _warn_away(error, self.consequence)
             self.run_id = None
 
 
@@ -98,7 +108,7 @@ def training_run(
     ``inputs`` are Parquet files by context ("train"). MLflow away costs a warning, never the training: ``register``
     fills what is missing from what ``train`` wrote.
     """
-    with _live(lambda: _find_run(experiment, run_id) or _dag_run(experiment), params, inputs) as live:
+    with _live(lambda: _find_run(experiment, run_id) or _dag_run(experiment), params, TRAINING, inputs) as live:
         live._send(lambda run_id: client().log_dict(run_id, environment("train", params), ENVIRONMENT))
         if links := os.environ.get("BALLAST_LINKS"):  # for the page of the Airflow task
             live._send(lambda run_id: write_json(Path(links), ids(run_id)))
@@ -111,7 +121,7 @@ def parent_run(
 ) -> AbstractContextManager[LiveRun]:
     """Log a tuning study; a study of this name that was begun before goes on in its run."""
     tags = {STUDY: study}
-    return _live(lambda: _newest(experiment, tags) or _create_run(experiment, tags, study), params, inputs)
+    return _live(lambda: _newest(experiment, tags) or _create_run(experiment, tags, study), params, TUNING_ON, inputs)
 
 
 def child_run(
@@ -120,18 +130,24 @@ def child_run(
     """Log a trial under the run of its study, if there is one; the exception ``pruned`` ends it as KILLED."""
     if parent_id is None:
         return nullcontext(LiveRun(None))
-    return _live(lambda: _create_child(parent_id, name), params, killed=pruned)
+    return _live(lambda: _create_child(parent_id, name), params, TUNING_ON, killed=pruned)
+
+
+def end_killed(child_id: str) -> None:
+    """End the run of a trial whose process was killed before it could do so itself."""
+    LiveRun(child_id, consequence=TUNING_ON).end("KILLED")
 
 
 @contextmanager
 def _live(
     begin: Callable[[], Run],
     params: Mapping[str, Any],
+    consequence: str,
     inputs: Mapping[str, Path] | None = None,
     killed: type[Exception] | tuple[()] = (),
 ) -> Iterator[LiveRun]:
     """The run that ``begin`` finds or makes: RUNNING within, and afterwards FINISHED, FAILED or KILLED."""
-    live = _begun(begin, params, inputs or {})
+    live = _begun(begin, params, consequence, inputs or {})
     status = "KILLED"  # by SystemExit or KeyboardInterrupt
     try:
         yield live
@@ -140,24 +156,26 @@ def _live(
         status = "KILLED" if isinstance(error, killed) else "FAILED"
         raise
     finally:
-        live._send(lambda run_id: client().set_terminated(run_id, status))
+        live.end(status)
 
 
-def _begun(begin: Callable[[], Run], params: Mapping[str, Any], inputs: Mapping[str, Path]) -> LiveRun:
+def _begun(
+    begin: Callable[[], Run], params: Mapping[str, Any], consequence: str, inputs: Mapping[str, Path]
+) -> LiveRun:
     try:
         client()  # first of all: its settings count from MLflow's import on
         run = begin()
         client().update_run(run.info.run_id, status="RUNNING")
         _log_params(run, params)
         _log_inputs(run, inputs)
-        return LiveRun(run.info.run_id, _history(run))
+        return LiveRun(run.info.run_id, _history(run), consequence)
     except Exception as error:  # as in LiveRun._send
-        _warn_away(error)
+        _warn_away(error, consequence)
         return LiveRun(None)
 
 
-def _warn_away(error: Exception) -> None:
-    log.warning("MLflow does not take the metrics; training goes on, register fills them in later. %s", error)
+def _warn_away(error: Exception, consequence: str) -> None:
+    log.warning("MLflow does not take the metrics; %s. %s", consequence, error)
 
 
 # --- which run

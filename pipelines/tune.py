@@ -18,28 +18,30 @@ import io
 import math
 import re
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
 import optuna
-import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipelines import patch, places, rows, space, tracking
+from pipelines import patch, places, space, tracking
 from pipelines.errors import BallastError, DataRejected, TryAgain
-from pipelines.files import canonical_json, read_json, sha256, whole_file
-from pipelines.fit import TrainParams, Window, fit, log_loss, reproducible
-from pipelines.model import Kind, Transform
+from pipelines.files import canonical_json, sha256, whole_file
+from pipelines.fit import TrainParams, fit, log_loss, reproducible
+from pipelines.folds import Encoded, Fold, cut, encode, read
+from pipelines.model import Kind
 from pipelines.params import Params, load
 from pipelines.schema import Features
-from pipelines.space import Axes
+from pipelines.space import Axes, Axis
 
 Sampler = Literal["tpe", "random", "grid"]
 Settings = dict[str, Any]
@@ -50,7 +52,10 @@ STARTUP = 10  # finished trials that TPE draws at random before it learns
 PRUNE_AFTER = 5  # complete trials, before any is ended early
 IMPORTANCE_AFTER = 10  # complete trials: fewer say nothing of the settings
 DONE = TrialState.COMPLETE, TrialState.PRUNED
+ATTEMPTS = 2  # that failed, not for lack of time, before settings are given up on
 BEST = 5  # trials in the result
+CODE = [Path(__file__).with_name(f"{name}.py") for name in ("fit", "network", "baseline", "model", "metrics")]
+LIBRARIES = "torch", "scikit-learn"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Asked:
 
 
 def tune(data: Path, params_file: Path, asked: Asked) -> dict[str, Any]:
-    """Search until the trials or the budget are used up, or Ctrl-C; return the result, with the diff for params.yaml.
+    """Search until the trials or the budget are used up, or a signal comes; return the result with params.yaml's diff.
 
     ``data`` is what prepare wrote. Equal data, settings, seed and number of trials give an equal result, also where
     the study was killed and went on. Raises BallastError where the study of this name was made for something else.
@@ -76,18 +81,21 @@ def tune(data: Path, params_file: Path, asked: Asked) -> dict[str, Any]:
     deadline = time.monotonic() + asked.budget_s
     params = load(params_file, "train", TrainParams)
     kind = asked.kind or params.candidates[0]
-    axes = space.read(asked.space, kind, getattr(params, kind))
-    points = space.grid(axes) if asked.sampler == "grid" else None
-    frame, schema = _read(data)
+    written = space.read(asked.space, kind, getattr(params, kind))
+    if asked.sampler == "grid":
+        space.grid(written)  # before the rows are read: whether it can be one
+    frame, schema = read(data)
     folds = cut(frame, schema["windows"]["validation"], asked.folds)
     name = _checked(asked.study or f"{kind}-{schema['as_of']}")
     path = places.var() / "tune" / f"{name}.db"
     with _alone(path):
-        study = _open(path, name, _made_for(data, schema, params, kind, axes, folds))
-        before = len(_trials(study, *DONE))
-        with _progress(name, deadline) as show:
+        study = _open(path, name, _made_for(data, schema, params, kind, written, folds))
+        axes = _axes(study, written, getattr(params, kind))
+        points = space.grid(axes) if asked.sampler == "grid" else None
+        with _progress(name, deadline) as show, _guarding() as signalled:
             encoded = [encode(fold, Features.model_validate(schema["features"])) for fold in folds]
-            search = Search(study, params, kind, axes, points, encoded, asked, deadline, show)
+            search = Search(study, params, kind, axes, points, encoded, asked, deadline, signalled, show)
+            before = len(_counted(search, *DONE))
             show.line(_opening(search, folds, before))
             inputs = {window: data / f"{window}.parquet" for window in ("train", "validation")}
             settings = {**params.model_dump(), "kind": kind, "folds": len(folds)}
@@ -97,89 +105,6 @@ def tune(data: Path, params_file: Path, asked: Asked) -> dict[str, Any]:
             ):
                 ended = _search(search, parent)
         return _result(search, folds, before, ended, params_file, path)
-
-
-# --- folds ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Fold:
-    """One origin of time: what lies before it trains, the days from it on validate."""
-
-    start: datetime
-    end: datetime
-    train: pd.DataFrame
-    validation: pd.DataFrame
-
-    @property
-    def name(self) -> str:
-        """The days that validate."""
-        return f"{self.start:%Y-%m-%d} → {self.end:%Y-%m-%d}"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A fold as a candidate takes it; its transform knows the fold's train part only."""
-
-    train: Window
-    validation: Window
-    transform: Transform
-
-
-def cut(frame: pd.DataFrame, last: Mapping[str, str], count: int) -> list[Fold]:
-    """Folds in the order of time, each validating as many days as the window ``last``, with which the last one ends.
-
-    Raises DataRejected where the first would have fewer days to train on than to validate, or a part one class only.
-    """
-    end = datetime.fromisoformat(last["end"])
-    days = end - datetime.fromisoformat(last["start"])
-    first = frame["time"].min().normalize().to_pydatetime()
-    if count < 1 or first > end - (count + 1) * days:
-        raise DataRejected(
-            f"{count} folds of {days.days} days, and as many days before them to train on, ask for "
-            f"{(count + 1) * days.days} days of rows before {end:%Y-%m-%d} (found {(end - first).days}). "
-            f"Take fewer --folds, shorten `prepare.validation_days`, or land earlier data."
-        )
-    folds = [_fold(frame, end - number * days, days) for number in range(count, 0, -1)]
-    for fold in folds:
-        for part in (fold.train, fold.validation):
-            _check_classes(fold, part)
-    return folds
-
-
-def _fold(frame: pd.DataFrame, start: datetime, days: timedelta) -> Fold:
-    time, end = frame["time"], start + days
-    return Fold(start, end, frame[time < start], frame[(time >= start) & (time < end)])
-
-
-def _check_classes(fold: Fold, part: pd.DataFrame) -> None:
-    if part["label"].nunique() < 2:
-        where = "validation" if part is fold.validation else "train"
-        found = f"only label {part['label'].iloc[0]} in {len(part)} rows" if len(part) else "no row"
-        raise DataRejected(
-            f"The {where} part of the fold {fold.name} needs rows of both classes (found {found}). Take fewer --folds."
-        )
-
-
-def encode(fold: Fold, features: Features) -> Encoded:
-    """Fit the transform to the fold's train part, and make both parts matrices."""
-    transform = Transform.fit(fold.train, features)
-    train, validation = (
-        Window(transform.encode(part), part["label"].to_numpy(np.float32)) for part in (fold.train, fold.validation)
-    )
-    return Encoded(train, validation, transform)
-
-
-def _read(data: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The rows of the train and the validation window in the order of time, and the schema."""
-    wanted = [data / "schema.json", data / "train.parquet", data / "validation.parquet"]
-    if lacking := [path.name for path in wanted if not path.exists()]:
-        raise BallastError(f"{data} has no {', '.join(lacking)}. Make the rows first: dvc repro prepare")
-    frame, schema = pd.concat([rows.read(path) for path in wanted[1:]], ignore_index=True), read_json(wanted[0])
-    for name in schema["features"]["numeric"]:
-        if infinite := int(np.isinf(frame[name]).sum()):
-            raise DataRejected(f"`{name}` is infinite in {infinite} rows. Guard it in prepare.sql.")
-    return frame.sort_values(["time", "key"], kind="stable", ignore_index=True), schema
 
 
 # --- the study --------------------------------------------------------------------------------------------------------
@@ -228,6 +153,27 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _guarding() -> Iterator[Callable[[], int]]:
+    """Yield a function that gives the signal by which the process was asked to end (SIGINT, SIGTERM), else 0.
+
+    An exception raised by a signal's handler in the middle of a statement would leave the study's file locked. A second
+    Ctrl-C ends the process as always.
+    """
+    came = [0]
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came[-1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _checked(name: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BallastError(f"--study must be letters, digits, dots and dashes: it names a file (found {name!r}).")
@@ -248,8 +194,8 @@ def _open(path: Path, name: str, made_for: Mapping[str, str]) -> optuna.Study:
     except Exception as error:  # whatever SQLAlchemy, alembic or Optuna raise at a file that is none of theirs
         first = str(error).splitlines()[0]
         raise BallastError(f"{path} holds no study: {first}. Move it away, or name another --study.") from None
-    known = study.user_attrs.get("made_for") or {}
-    if other := [part for part, value in made_for.items() if known.get(part, value) != value]:
+    known = study.user_attrs.get("made_for") or made_for
+    if other := [part for part, value in made_for.items() if known.get(part) != value]:
         raise BallastError(
             f"The study `{name}` was made for other {' and other '.join(other)}: its trials compare with no new ones. "
             f"Name a new one: --study {name}-2"
@@ -257,23 +203,50 @@ def _open(path: Path, name: str, made_for: Mapping[str, str]) -> optuna.Study:
     study.set_user_attr("made_for", dict(made_for))
     if "run" not in study.user_attrs:  # a name in MLflow, which another project may share, and which outlives the file
         study.set_user_attr("run", f"{name} {secrets.token_hex(3)}")
-    for trial in _trials(study, TrialState.RUNNING):  # its process was killed: no other one can be at work here
-        study.tell(trial.number, state=TrialState.FAIL)
+    _bury(study)
     return study
 
 
+def _bury(study: optuna.Study) -> None:
+    """Let those trials fail whose process was killed: no other one can be at work here."""
+    for killed in _trials(study, TrialState.RUNNING):
+        if child := killed.user_attrs.get("run"):
+            tracking.end_killed(child)
+        study.tell(killed.number, state=TrialState.FAIL)
+    while _trials(study, TrialState.WAITING):  # enqueued and not begun: the next trial would take its place
+        trial = study.ask()
+        trial.set_user_attr("said", "not begun; the next run of this study tries it")
+        study.tell(trial, state=TrialState.FAIL)
+
+
+def _axes(study: optuna.Study, written: Axes, present: Params) -> Axes:
+    """The axes as the study has them from earlier on, widened to hold the present value too."""
+    kept = study.user_attrs.get("axes")
+    before = {name: Axis.model_validate(axis) for name, axis in kept.items()} if kept else written
+    axes = space.widened(before, present)
+    if kept and (other := [name for name, axis in axes.items() if axis.choices and axis != before[name]]):
+        raise BallastError(
+            f"The study `{study.study_name}` has no choice for the present {' and '.join(other)}, and takes no further "
+            f"ones. Name a new one: --study {study.study_name}-2"
+        )
+    study.set_user_attr("axes", {name: axis.model_dump(exclude_unset=True) for name, axis in axes.items()})
+    return axes
+
+
 def _made_for(
-    data: Path, schema: Mapping[str, Any], params: TrainParams, kind: Kind, axes: Axes, folds: list[Fold]
+    data: Path, schema: Mapping[str, Any], params: TrainParams, kind: Kind, written: Axes, folds: list[Fold]
 ) -> dict[str, str]:
     """What trials must share to be compared, by its name in messages, as hashes."""
     present = getattr(params, kind).model_dump()
-    fixed = {name: value for name, value in present.items() if name not in axes}
+    fixed = {name: value for name, value in present.items() if name not in written}
     shared = params.model_dump(exclude={"candidates", "temperature", "refit", *space.KINDS})
     parts = {
         "data": [*(sha256(data / f"{name}.parquet") for name in ("train", "validation")), schema["features"]],
         "settings": [kind, shared, fixed],
         "folds": [fold.name for fold in folds],
-        "space": {name: axis.model_dump() for name, axis in axes.items()},
+        "space": {name: axis.model_dump() for name, axis in written.items()},
+        "code": [sha256(path) for path in CODE],
+        "libraries": [version(name) for name in LIBRARIES],
     }
     return {part: hashlib.sha256(canonical_json(value).encode()).hexdigest() for part, value in parts.items()}
 
@@ -285,8 +258,14 @@ def _trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
-class OutOfTime(optuna.TrialPruned):
-    """The budget is used up while a trial runs."""
+Outcome = tuple[TrialState, list[float], str]
+"""What came of a trial: its state, its losses by fold, and what there is to say."""
+
+KILLED = "failed: its process was killed"
+
+
+class BrokenOff(optuna.TrialPruned):
+    """The search is to end: out of time, interrupted or terminated."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +288,7 @@ class Search:
     folds: list[Encoded]
     asked: Asked
     deadline: float
+    signalled: Callable[[], int]
     show: Show
 
     @property
@@ -337,15 +317,12 @@ class Search:
 
 def _search(search: Search, parent: tracking.LiveRun) -> str:
     """Try settings until there is a reason to end; return it."""
-    while len(_trials(search.study, *DONE)) < search.total or _present(search) is None:
-        if time.monotonic() >= search.deadline:
-            return "budget"
-        try:
+    try:
+        while len(_counted(search, *DONE)) < search.total or _present(search) is None:
+            _check_time(search)
             _try(search, _next(search), parent)
-        except KeyboardInterrupt:
-            return "interrupted"
-        except OutOfTime:
-            return "budget"
+    except BrokenOff as why:
+        return str(why)
     return "trials"
 
 
@@ -353,6 +330,21 @@ def _present(search: Search) -> FrozenTrial | None:
     """The complete trial of the present settings."""
     complete = _trials(search.study, TrialState.COMPLETE)
     return next((trial for trial in complete if _settings(trial) == search.present), None)
+
+
+def _counted(search: Search, *states: TrialState) -> list[FrozenTrial]:
+    """The trials in these states that count towards the total: for a grid those of its points, each once."""
+    found = _trials(search.study, *states)
+    if search.points is None:
+        return found
+    points = [*search.points, search.present]
+    return [trial for trial in _distinct(found) if _settings(trial) in points]
+
+
+def _distinct(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Without those that repeat the settings of an earlier one."""
+    settings = [_settings(trial) for trial in trials]
+    return [trial for number, trial in enumerate(trials) if settings[number] not in settings[:number]]
 
 
 def _settings(trial: FrozenTrial) -> Settings:
@@ -367,7 +359,7 @@ def _next(search: Search) -> Trial:
     study.sampler = _sampler(search.asked.sampler, search.asked.seed, len(done))
     if waiting := _waiting(search, [_settings(trial) for trial in done]):
         params, settings = waiting
-        study.enqueue_trial(params, user_attrs={"settings": settings})
+        study.enqueue_trial(params, user_attrs={"settings": settings, "params": params})
     trial = study.ask({name: axis.distribution() for name, axis in search.axes.items()})
     if "settings" not in trial.user_attrs:
         trial.set_user_attr("settings", space.drawn(search.axes, trial.params))
@@ -380,7 +372,8 @@ def _waiting(search: Search, tried: list[Settings]) -> tuple[Settings, Settings]
         return search.present, search.present
     failed = [trial for trial in _trials(search.study, TrialState.FAIL) if "settings" in trial.user_attrs]
     points = _shuffled(search.points or [], search.asked.seed)
-    waiting = [(trial.params, _settings(trial)) for trial in failed] + [(point, point) for point in points]
+    again = [(trial.user_attrs.get("params", trial.params), _settings(trial)) for trial in failed]
+    waiting = again + [(point, point) for point in points]
     return next(((params, settings) for params, settings in waiting if settings not in tried), None)
 
 
@@ -391,28 +384,55 @@ def _shuffled(points: list[Settings], seed: int) -> list[Settings]:
 
 def _try(search: Search, trial: Trial, parent: tracking.LiveRun) -> None:
     """Run one trial, and keep what came of it."""
-    settings, began = trial.user_attrs["settings"], time.monotonic()
+    began = time.monotonic()
+    state, losses, said = _known(search, trial) or _run(search, trial, parent, began)
+    _tell(search, trial, state, losses, said, began)
+    if state in DONE:
+        done = len(_trials(search.study, *DONE))
+        parent.log(done, ({"log_loss": mean(losses)} if losses else {}) | {"best_log_loss": search.study.best_value})
+
+
+def _known(search: Search, trial: Trial) -> Outcome | None:
+    """What came of these settings before, if another fit would tell no more; the present ones have to be measured."""
+    settings = trial.user_attrs["settings"]
+    before = [one for one in search.study.get_trials(deepcopy=False) if one.user_attrs.get("settings") == settings]
+    for one in sorted(before, key=lambda one: one.state is not TrialState.COMPLETE):
+        if one.state is TrialState.COMPLETE or (one.state is TrialState.PRUNED and settings != search.present):
+            for step, value in one.intermediate_values.items():
+                trial.report(value, step)
+            losses = one.user_attrs["losses"]
+            said = f"log loss {mean(losses):.4f}" if losses else one.user_attrs["said"]
+            return one.state, losses, f"{said}, as trial {one.number} had the same settings"
+    reasons = [one.user_attrs.get("said", KILLED) for one in before if one.state is TrialState.FAIL]
+    failed = [reason for reason in reasons if reason.startswith("failed")]
+    if len(failed) < ATTEMPTS or settings == search.present:
+        return None
+    return TrialState.PRUNED, [], f"{failed[-1]}; given up after {len(failed)} attempts"
+
+
+def _run(search: Search, trial: Trial, parent: tracking.LiveRun, began: float) -> Outcome:
+    """Measure the settings. Whatever goes wrong with others than the present ones, the search goes on."""
+    settings = trial.user_attrs["settings"]
     name = f"{search.study.study_name} {trial.number}"
     try:
         with tracking.child_run(parent.run_id, name, settings, pruned=optuna.TrialPruned) as child:
+            trial.set_user_attr("run", child.run_id)
             losses = _measure(search, trial, settings, child)
             child.log(0, {"log_loss": mean(losses)} | {f"fold_{n}_log_loss": x for n, x in enumerate(losses, 1)})
-        state, said = TrialState.COMPLETE, ""
-    except (OutOfTime, KeyboardInterrupt) as error:
-        said = "out of time" if isinstance(error, OutOfTime) else "interrupted"
+        return TrialState.COMPLETE, losses, ""
+    except BrokenOff as why:
+        said = "out of time" if str(why) == "budget" else str(why)
         _tell(search, trial, TrialState.FAIL, [], f"{said}; the next run of this study tries it again", began)
         raise
     except optuna.TrialPruned as pruned:
-        state, losses, said = TrialState.PRUNED, [], str(pruned)
-    except DataRejected:
-        raise
-    except BallastError as error:  # a loss that is not finite
-        if settings == search.present:
-            raise  # that is what there is to compare with
-        state, losses, said = TrialState.PRUNED, [], f"failed: {error}"
-    _tell(search, trial, state, losses, said, began)
-    done = len(_trials(search.study, *DONE))
-    parent.log(done, ({"log_loss": mean(losses)} if losses else {}) | {"best_log_loss": search.study.best_value})
+        return TrialState.PRUNED, [], str(pruned)
+    except Exception as error:
+        lasting = isinstance(error, BallastError)  # a loss that is not finite; no memory may be there another time
+        said = f"failed: {error if lasting else repr(error)}"
+        if isinstance(error, DataRejected) or settings == search.present:  # which all others are compared with
+            _tell(search, trial, TrialState.FAIL, [], said, began)
+            raise
+        return TrialState.PRUNED if lasting else TrialState.FAIL, [], said
 
 
 def mean(losses: list[float]) -> float:
@@ -429,7 +449,7 @@ def _measure(search: Search, trial: Trial, settings: Settings, child: tracking.L
     changed = getattr(search.params, search.kind).model_copy(update=settings)
     params = search.params.model_copy(update={search.kind: changed})
     losses: list[float] = []
-    done, best = len(_trials(search.study, *DONE)), _best_words(search)
+    done, best = len(_counted(search, *DONE)), _best_words(search)
 
     def report(epoch: int, loss: float) -> None:
         value = mean([*losses, loss])
@@ -455,8 +475,10 @@ def _measure(search: Search, trial: Trial, settings: Settings, child: tracking.L
 
 
 def _check_time(search: Search) -> None:
+    if number := search.signalled():
+        raise BrokenOff("terminated" if number == signal.SIGTERM else "interrupted")
     if time.monotonic() >= search.deadline:
-        raise OutOfTime
+        raise BrokenOff("budget")
 
 
 def _fold_loss(kind: Kind, fold: Encoded, params: TrainParams, report: Callable[[int, float], None] | None) -> float:
@@ -479,7 +501,7 @@ def _tell(search: Search, trial: Trial, state: TrialState, losses: list[float], 
     for name, value in {"losses": losses, "said": said, "seconds": took}.items():
         trial.set_user_attr(name, value)
     search.study.tell(trial, mean(losses) if losses else None, state=state)
-    done = len(_trials(search.study, *DONE))
+    done = len(_counted(search, *DONE))
     settings = words(_changed(search, trial.user_attrs["settings"]))
     what = said or f"log loss {mean(losses):.4f} · best {_best_words(search)}"
     search.show.line(f"trial {done}/{search.total} · {what} · {took:.0f} s · {settings}")
@@ -494,7 +516,7 @@ def _result(
 ) -> dict[str, Any]:
     """The best trials beside the present settings, and the diff that leads to them, if they are better."""
     complete = sorted(
-        _trials(search.study, TrialState.COMPLETE),
+        _distinct(_trials(search.study, TrialState.COMPLETE)),
         key=lambda trial: (trial.value, bool(_changed(search, _settings(trial)))),
     )
     present, best = _present(search), complete[0] if complete else None
@@ -512,15 +534,15 @@ def _result(
         "trials": {
             "asked": search.total,
             "before": before,
-            "complete": len(complete),
-            "pruned": len(_trials(search.study, TrialState.PRUNED)),
+            "complete": len(_counted(search, TrialState.COMPLETE)),
+            "pruned": len(_counted(search, TrialState.PRUNED)),
         },
         "present": _public(search, present) if present else None,
         "best": [_public(search, trial) for trial in complete[:BEST]],
         "gain": gain,
         "importance": _importance(search, len(complete)),
         "diff": diff,
-        "diff_file": _keep(path.with_suffix(".diff"), diff),
+        "diff_file": _keep(path.with_suffix(".diff"), diff) if present else None,
         "study_file": _short(path),
     }
 

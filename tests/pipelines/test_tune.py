@@ -14,8 +14,6 @@ import textwrap
 import threading
 import time
 from contextlib import closing
-from datetime import timedelta
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,8 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from pipelines import tracking, tune
 from pipelines.errors import BallastError, DataRejected, TryAgain
 from pipelines.files import write_json
+from pipelines.folds import cut, encode
+from pipelines.schema import Features
 from pipelines.tune import Asked
 
 SHIPPED = yaml.safe_load((Path(__file__).resolve().parents[2] / "params.yaml").read_text())["train"]
@@ -106,53 +106,7 @@ def tried(name: str) -> list[tuple[Any, Any]]:
     return [(trial.user_attrs["settings"], trial.value) for trial in finished]
 
 
-# --- folds ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_folds_train_on_the_past_and_validate_on_successive_days(count: int) -> None:
-    frame = rows(days=53)
-    last = {"start": day(46).isoformat(), "end": day(53).isoformat()}
-    folds = tune.cut(frame, last, count)
-    assert len(folds) == count
-    assert folds[-1].end == day(53)
-    for fold, after in pairwise(folds):
-        assert fold.end == after.start
-    for fold in folds:
-        assert fold.end - fold.start == timedelta(days=7)
-        assert fold.train["time"].max() < fold.start <= fold.validation["time"].min()
-        assert fold.validation["time"].max() < fold.end
-        assert set(fold.train["key"]).isdisjoint(fold.validation["key"])
-        assert len(fold.train) == (frame["time"] < fold.start).sum()
-        assert len(fold.validation) == 7 * 12
-
-
-def test_folds_beyond_the_data_are_refused() -> None:
-    last = {"start": day(46).isoformat(), "end": day(53).isoformat()}
-    with pytest.raises(DataRejected, match=r"7 folds of 7 days.* ask for 56 days .*found 53.*fewer --folds"):
-        tune.cut(rows(days=53), last, 7)
-
-
-def test_folds_with_one_class_are_refused() -> None:
-    last = {"start": day(46).isoformat(), "end": day(53).isoformat()}
-    frame = rows(days=53)
-    frame.loc[frame["time"].between(day(39), day(46), inclusive="left"), "label"] = 0
-    with pytest.raises(DataRejected, match=r"validation part of the fold 2013-02-09 → 2013-02-16 .*only label 0 in 84"):
-        tune.cut(frame, last, 3)
-    frame.loc[frame["time"] < day(32), "label"] = 1
-    with pytest.raises(DataRejected, match=r"train part of the fold 2013-02-02 → 2013-02-09 .*only label 1"):
-        tune.cut(frame, last, 3)
-
-
-def test_fold_is_encoded_by_its_own_past() -> None:
-    from pipelines.schema import Features
-
-    frame = rows(days=53)
-    frame.loc[frame["time"] >= day(46), "x"] += 100.0
-    [first, last] = tune.cut(frame, {"start": day(46).isoformat(), "end": day(53).isoformat()}, 2)
-    for fold in (first, last):
-        [number] = tune.encode(fold, Features(**FEATURES)).transform.numeric
-        assert number.mean == pytest.approx(fold.train["x"].mean())
+# --- the rows ---------------------------------------------------------------------------------------------------------
 
 
 def test_tune_with_infinite_values_is_refused(small: Project) -> None:
@@ -179,8 +133,8 @@ def test_tune_measures_what_train_would_find_in_the_last_fold(small: Project) ->
     result = run(trials=1)
     params, frame = load(FILE, "train", TrainParams), rows()
     last = {"start": day(46).isoformat(), "end": day(53).isoformat()}
-    [cut] = tune.cut(frame.sort_values(["time", "key"]), last, 1)
-    fold = tune.encode(cut, tune.Features(**FEATURES))
+    [last_fold] = cut(frame.sort_values(["time", "key"]), last, 1)
+    fold = encode(last_fold, Features(**FEATURES))
     with reproducible(1, 1):
         candidate = fit("hgb", fold.train, fold.validation, fold.transform, params)
     expected = log_loss(fold.validation, candidate.predict(fold.validation.matrix))
@@ -210,6 +164,23 @@ def test_tune_finds_better_settings_and_a_diff_that_applies(small: Project) -> N
     assert not Path(result["diff_file"]).exists()
 
 
+def test_tune_from_outside_the_space_goes_on_after_its_diff_is_applied(small: Project) -> None:
+    space = {"hgb": {"learning_rate": {"low": 0.1, "high": 0.3}, "max_leaf_nodes": {"choices": [2, 16]}}}
+    result = run(space=space, trials=4, folds=1)
+    assert result["present"]["settings"] == {"learning_rate": 0.001, "max_leaf_nodes": 8}
+    subprocess.run(["git", "apply", result["diff_file"]], check=True)
+    again = run(trials=6, folds=1)
+    assert (again["trials"]["before"], again["trials"]["complete"] + again["trials"]["pruned"]) == (4, 6)
+    assert again["present"]["settings"] == result["best"][0]["settings"]
+    FILE.write_text(
+        FILE.read_text().replace(
+            f"max_leaf_nodes: {again['present']['settings']['max_leaf_nodes']}", "max_leaf_nodes: 9"
+        )
+    )
+    with pytest.raises(BallastError, match=r"has no choice for the present max_leaf_nodes.*--study hgb-2013-03-02-2"):
+        run(trials=6, folds=1)
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_tune_with_equal_seeds_is_equal(small: Project, sampler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "STARTUP", 2)
@@ -230,6 +201,28 @@ def test_tune_by_grid_tries_every_point_once(small: Project) -> None:
     assert points[0] == (8, 20)
     assert run(sampler="grid", folds=1)["trials"]["before"] == 6
     assert len(tried(result["study"])) == 6
+
+
+def test_tune_by_grid_after_other_trials_tries_every_point(small: Project) -> None:
+    space = {"hgb": {"max_leaf_nodes": {"low": 2, "high": 14, "step": 3}}}
+    run(sampler="random", space=space, folds=1, trials=4)
+    result = run(sampler="grid", folds=1)
+    points = {one["max_leaf_nodes"] for one, _ in tried(result["study"])}
+    assert points == {2, 5, 8, 11, 14}
+    assert (result["trials"]["asked"], result["trials"]["complete"]) == (5, 5)
+
+
+def test_tune_fits_equal_settings_once(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted, fit = [], tune.fit
+    monkeypatch.setattr(tune, "fit", lambda kind, *rest: fitted.append(kind) or fit(kind, *rest))
+    result = run(sampler="random", space={"hgb": {"max_leaf_nodes": {"choices": [2, 8]}}}, folds=2, trials=6)
+    assert len(fitted) == 2 * 2
+    assert result["trials"]["complete"] == 6
+    assert len(result["best"]) == 2
+    [first, *others] = [one for one in study(result["study"]).trials if one.params == {"max_leaf_nodes": 2}]
+    for one in others:
+        assert (one.value, one.intermediate_values) == (first.value, first.intermediate_values)
+        assert one.user_attrs["said"].endswith(f", as trial {first.number} had the same settings")
 
 
 def test_tune_ends_a_hopeless_trial_in_its_first_epochs(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,11 +267,49 @@ def test_tune_goes_on_after_settings_that_diverge(small: Project) -> None:
     assert study(result["study"]).trials[1].user_attrs["said"].startswith("failed: The loss is not finite")
 
 
+def test_tune_gives_up_on_settings_that_fail_twice(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = tune.fit
+
+    def failing(kind: Any, *rest: Any) -> Any:
+        if rest[3].hgb.max_leaf_nodes == 2:
+            raise RuntimeError("no memory")
+        return fit(kind, *rest)
+
+    monkeypatch.setattr(tune, "fit", failing)
+    result = run(sampler="grid", space={"hgb": {"max_leaf_nodes": {"choices": [2, 8, 16]}}}, folds=1)
+    of_2 = [one for one in study(result["study"]).trials if one.params == {"max_leaf_nodes": 2}]
+    assert [one.state.name for one in of_2] == ["FAIL", "FAIL", "PRUNED"]
+    assert of_2[-1].user_attrs["said"] == "failed: RuntimeError('no memory'); given up after 2 attempts"
+    assert (result["ended"], result["trials"]["complete"], result["trials"]["pruned"]) == ("trials", 2, 1)
+
+
+def test_tune_gives_up_on_settings_whose_process_was_killed_twice(small: Project) -> None:
+    run(trials=1, folds=1)
+    for _ in range(2):
+        left_running()
+    run(trials=3, folds=1)
+    assert states("hgb-2013-03-02") == ["COMPLETE", "FAIL", "FAIL", "PRUNED", "COMPLETE"]
+    said = study("hgb-2013-03-02").trials[3].user_attrs["said"]
+    assert said == "failed: its process was killed; given up after 2 attempts"
+
+
+def test_tune_whose_present_settings_fail_says_so_each_time(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(kind: Any, *rest: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "fit", failing)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="no memory"):
+                run(trials=1, folds=1)
+    assert run(trials=1, folds=1)["trials"]["complete"] == 1
+
+
 # --- the study goes on ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["data", "settings", "folds", "space"])
-def test_tune_of_something_else_is_refused(small: Project, change: str) -> None:
+@pytest.mark.parametrize("change", ["data", "settings", "folds", "space", "code", "libraries"])
+def test_tune_of_something_else_is_refused(small: Project, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run(trials=1, folds=1)
     asked: dict[str, Any] = {"trials": 1, "folds": 1}
     if change == "data":
@@ -287,6 +318,10 @@ def test_tune_of_something_else_is_refused(small: Project, change: str) -> None:
         FILE.write_text(PARAMS.replace("iterations: 20", "iterations: 21"))
     elif change == "folds":
         asked["folds"] = 2
+    elif change == "code":
+        monkeypatch.setattr(tune, "CODE", [FILE, *tune.CODE[1:]])
+    elif change == "libraries":
+        monkeypatch.setattr(tune, "LIBRARIES", ("torch", "optuna"))
     else:
         asked["space"] = {"hgb": {"max_leaf_nodes": {"low": 2, "high": 17}}}
         change = "settings and other space"  # what is no longer searched is fixed
@@ -355,12 +390,35 @@ def test_tune_killed_in_the_middle_of_a_trial_ends_as_an_unbroken_one(small: Pro
 
 def test_tune_tries_again_what_was_broken_off_whatever_the_seed(small: Project) -> None:
     run(trials=1, folds=1)
-    left, settings = study("hgb-2013-03-02"), {"learning_rate": 0.2, "max_leaf_nodes": 5}
-    left.enqueue_trial(settings, user_attrs={"settings": settings})
-    left.ask({"learning_rate": FloatDistribution(0.0005, 0.5, log=True), "max_leaf_nodes": IntDistribution(2, 16)})
+    left_running()
     run(trials=2, folds=1, seed=7)
     assert states("hgb-2013-03-02") == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert tried("hgb-2013-03-02")[1][0] == settings
+    assert tried("hgb-2013-03-02")[1][0] == LEFT
+
+
+LEFT = {"learning_rate": 0.2, "max_leaf_nodes": 5}
+
+
+def left_running(**attributes: Any) -> None:
+    """What stays in the study of the process that is killed in the middle of a trial."""
+    left = study("hgb-2013-03-02")
+    left.enqueue_trial(LEFT, user_attrs={"settings": LEFT, "params": LEFT, **attributes})
+    left.ask({"learning_rate": FloatDistribution(0.0005, 0.5, log=True), "max_leaf_nodes": IntDistribution(2, 16)})
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_tune_killed_before_a_trial_has_its_parameters_tries_every_point_once(small: Project, begun: bool) -> None:
+    space = {"hgb": {"max_leaf_nodes": {"choices": [2, 8]}, "iterations": {"choices": [5, 20]}}}
+    run(sampler="grid", space=space, folds=1, trials=1)
+    left, point = study("hgb-2013-03-02"), {"max_leaf_nodes": 2, "iterations": 5}
+    left.enqueue_trial(point, user_attrs={"settings": point, "params": point})
+    if begun:
+        left.ask().suggest_categorical("max_leaf_nodes", [2, 8])
+    run(sampler="grid", folds=1)
+    assert states("hgb-2013-03-02") == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
+    finished = [one for one in study("hgb-2013-03-02").trials if one.state.name == "COMPLETE"]
+    assert len({json.dumps(one.params, sort_keys=True) for one in finished}) == 4
+    assert all(one.params == one.user_attrs["settings"] for one in finished)
 
 
 def _states_in(path: Path) -> list[str]:
@@ -398,8 +456,23 @@ def test_tune_is_a_parent_run_with_a_child_for_each_trial(small: Project, monkey
     assert set(pruned.data.metrics) == {"running_log_loss"}
 
 
+def test_tune_ends_the_mlflow_run_of_a_trial_that_was_killed(small: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    run(trials=1, folds=1)
+    client = tracking.client()
+    experiment = client.get_experiment_by_name(tracking.TUNING)
+    child = client.create_run(experiment.experiment_id).info.run_id
+    left_running(run=child)
+    run(trials=1, folds=1)
+    assert client.get_run(child).info.status == "KILLED"
+    of_trial = client.get_run(study("hgb-2013-03-02").trials[0].user_attrs["run"])
+    assert of_trial.data.metrics["log_loss"] == study("hgb-2013-03-02").trials[0].value
+
+
 def test_tune_does_without_mlflow(small: Project, caplog: pytest.LogCaptureFixture) -> None:
     assert run(kind="logistic", trials=2)["trials"]["complete"] == 2
+    assert "tuning goes on, and nothing fills them in later" in caplog.text
+    assert "register" not in caplog.text
     assert "http://127.0.0.1:9 does not answer" in caplog.text
 
 
@@ -474,11 +547,56 @@ def test_command_says_when_a_gain_is_hardly_one(capsys: pytest.CaptureFixture[st
 def test_command_interrupted_ends_with_the_best_so_far(small: Project, ballast: Any) -> None:
     Path("space.yaml").write_text(yaml.safe_dump(SLOW))
     ballast("--kind", "tabm", "--sampler", "grid", "--trials", "1")
-    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Thread(target=signal_in_trial, args=(os.getpid(), signal.SIGINT)).start()
     code, out, _ = ballast("--kind", "tabm", "--sampler", "grid")
     assert code == 130
     assert "1 complete, 0 pruned, of 2; interrupted, the same call goes on" in out
     assert states("tabm-2013-03-02") == ["COMPLETE", "FAIL"]
+
+
+def signal_in_trial(process: int, number: int) -> None:
+    """Send the signal in the middle of the second trial."""
+    while _states_in(Path("var/tune/tabm-2013-03-02.db")) != ["COMPLETE", "RUNNING"]:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(process, number)
+
+
+def test_command_terminated_ends_with_the_best_so_far(small: Project, ballast: Any) -> None:
+    Path("space.yaml").write_text(yaml.safe_dump(SLOW))
+    ballast("--kind", "tabm", "--sampler", "grid", "--trials", "1")
+    command = [sys.executable, "-m", "pipelines.cli", "tune", "--space", "space.yaml", "--kind", "tabm"]
+    process = subprocess.Popen(
+        [*command, "--sampler", "grid"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        signal_in_trial(process.pid, signal.SIGTERM)
+        out, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "1 complete, 0 pruned, of 2; terminated, the same call goes on" in out
+    assert states("tabm-2013-03-02") == ["COMPLETE", "FAIL"]
+    assert study("tabm-2013-03-02").trials[1].user_attrs["said"].startswith("terminated")
+
+
+def test_command_whose_budget_ends_before_the_present_settings_keeps_the_diff(small: Project, ballast: Any) -> None:
+    Path("space.yaml").write_text(yaml.safe_dump(SLOW))
+    ballast("--kind", "tabm", "--sampler", "grid", "--trials", "1")
+    earlier = Path("var/tune/tabm-2013-03-02.diff")
+    earlier.write_text("of an earlier run")
+    FILE.write_text(FILE.read_text().replace("epochs: 2,", "epochs: 5000,"))
+    code, out, err = ballast("--kind", "tabm", "--sampler", "grid", "--budget", "1s")
+    assert (code, "1 complete" in out, earlier.exists()) == (1, True, True)
+    assert err.endswith("error: The budget was used up before the present settings were measured. Give it more.\n")
+
+
+def test_command_counts_its_budget_from_its_start(
+    small: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.cli.monotonic", iter([0.0, 60.0]).__next__)
+    assert ballast("--budget", "1m")[0] == 1
+    assert not tried("hgb-2013-03-02")
 
 
 def test_command_whose_budget_is_too_small_for_the_present_settings_fails(small: Project, ballast: Any) -> None:
