@@ -255,8 +255,9 @@ def _show_decision(out: Console, decision: dict[str, Any]) -> None:
         _line(out, "", f"[red]{_plain(decision['missing'])}[/red]")
         return
     for rule in decision["record"]["rules"]:
-        mark = "[green]passed[/green]" if rule["passed"] else "[red]failed[/red]"
-        _line(out, "", f"{mark}  {rule['rule']}: {_plain(rule['words'])}")
+        failed = "[red]blocked[/red]" if rule["severity"] == "block" else "[yellow]warned[/yellow]"
+        mark = "[green]passed[/green]" if rule["passed"] else failed
+        _line(out, "", f"{mark}  {_plain(rule['rule'])}: {_plain(rule['words'])}")
 
 
 # --- rollback

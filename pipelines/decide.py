@@ -1,27 +1,32 @@
 """Decide: may the challenger take the champion's place? Rule by rule, with a written record.
 
 Both are scored here, side by side, on the same rows: those of the test window that neither was trained on, the
-champion through its own preparation. Ties go to the champion. A refusal is a result, not an error.
+champion through its own preparation. What the gate needs in order to judge at all is checked here and cannot be
+switched off; the rules of params.yaml (rules.py) come after it. A refusal is a result, not an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from pipelines import metrics, params, provenance, record, registry, rows, stage, tracking
-from pipelines.errors import BallastError, exit_with
+from pipelines import metrics, params, provenance, record, registry, rows, rules, stage, tracking
+from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.params import Params
+from pipelines.record import Finding
+from pipelines.rules import AnyRule, Evidence, Scored
 from pipelines.state import GENESIS, Decision, Entry, State
 
 if TYPE_CHECKING:
@@ -30,31 +35,28 @@ if TYPE_CHECKING:
     from pipelines.metrics import Floats
     from pipelines.model import Model
 
+Result = TypeVar("Result")
+
+TRIES, TIMED_ROWS = 15, 1000
+
 
 class DecideParams(Params):
     """The ``decide`` section of params.yaml."""
 
     min_test_rows: int = Field(ge=1)
     min_test_days: int = Field(ge=2)
-    min_auc: float = Field(ge=0, le=1)
-    max_log_loss: float = Field(gt=0)
-    max_calibration_error: float = Field(gt=0)
-    calibration_bins: int = Field(ge=2)
     max_unmatched_share: float = Field(ge=0, lt=1)
-    margin: float = Field(ge=0)
-    confidence: float = Field(gt=0.5, lt=1)
+    threshold: float = Field(gt=0, lt=1)
+    calibration_bins: int = Field(ge=2)
     seed: int
+    rules: tuple[AnyRule, ...]
 
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule of the gate: what was measured, what was needed, and both in words."""
-
-    rule: str
-    measured: float | str | None
-    needed: float | str | None
-    passed: bool
-    words: str
+    @field_validator("rules")
+    @classmethod
+    def _keeps_the_champion(cls, given: tuple[AnyRule, ...]) -> tuple[AnyRule, ...]:
+        if not any(isinstance(rule, rules.Better) for rule in given):
+            raise ValueError("there must be a rule `better`: without it any model takes the champion's place")
+        return given
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,24 @@ class Side:
         """The model, verified."""
         return self.load()
 
+    @property
+    def trained_until(self) -> datetime:
+        """The end of what the model has seen: validation chose among its candidates and epochs."""
+        windows = self.model.schema["windows"]
+        return max(datetime.fromisoformat(windows[name]["end"]) for name in ("train", "validation"))
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What both sides showed on the same rows. Of the probabilities, ``champion`` is None if there is no champion."""
+    """The test rows that both sides can be judged on, how many others there were, and what was predicted.
+
+    ``own`` are the same rows as the champion's preparation makes them; None, as its predictions, without a champion.
+    """
 
     test: pd.DataFrame
+    own: pd.DataFrame | None
     left_out: int
+    left_out_by_key: int
     unmatched: int
     challenger: Floats
     champion: Floats | None
@@ -92,143 +105,225 @@ class Comparison:
 class Verdict:
     """What the gate says, and what it looked at: None where a side could not be scored at all."""
 
-    rules: list[Rule]
+    rules: list[Finding]
     comparison: Comparison | None
 
     @property
     def verdict(self) -> Literal["promote", "refuse"]:
-        """Promotion takes every rule."""
-        return "promote" if all(rule.passed for rule in self.rules) else "refuse"
+        """Promotion takes every rule that blocks."""
+        return "refuse" if self._failed("block") else "promote"
 
     @property
     def reasons(self) -> list[str]:
-        """Why: the rules that failed, or what the challenger has over the champion."""
-        return [rule.words for rule in self.rules if not rule.passed] or [self.rules[-1].words]
+        """Why: the rules that refused it, or what the challenger has over the champion."""
+        return self._failed("block") or [found.words for found in self.rules if found.rule == "better"]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The rules that did not pass and only warn."""
+        return self._failed("warn")
 
     @property
     def summary(self) -> str:
         """One line for a person."""
-        passed = sum(rule.passed for rule in self.rules)
-        return f"{self.verdict.upper()} · {self.reasons[0]} · {passed} of {len(self.rules)} rules"
+        passed, warned = sum(found.passed for found in self.rules), len(self.warnings)
+        said = f"{self.verdict.upper()} · {self.reasons[0]} · {passed} of {len(self.rules)} rules"
+        return said + (f" · {warned} warning{'s' if warned > 1 else ''}" if warned else "")
+
+    def _failed(self, severity: record.Severity) -> list[str]:
+        return [found.words for found in self.rules if not found.passed and found.severity == severity]
 
 
 def decide(
-    challenger: Side, champion: Side | None, test: pd.DataFrame, tables: Path, quarantine: Path, params: DecideParams
+    challenger: Side,
+    champion: Side | None,
+    test: pd.DataFrame,
+    tables: Path,
+    quarantine: Path,
+    params: DecideParams,
+    as_of: date,
+    trained: Collection[str] = (),
 ) -> Verdict:
-    """Judge the challenger on the ``test`` rows that neither side was trained on."""
-    if champion and challenger.digest == champion.digest:
-        return Verdict([_another(challenger, champion)], None)
-    try:
-        comparison = _compare(challenger, champion, test, tables, quarantine)
-    except BallastError as error:
-        words = f"could not be scored: {error}"
-        return Verdict([Rule("both sides can be scored", None, None, False, words)], None)
-    if comparison.test.empty:
-        return Verdict([_no_rows(comparison, params)], comparison)
-    rules = [*_enough(comparison, params), *_absolute(comparison, params)]
-    if champion is None:
-        return Verdict([*rules, Rule("no champion to beat", None, None, True, "first model")], comparison)
-    return Verdict([*rules, *_relative(comparison, challenger, champion, params)], comparison)
+    """Judge the challenger on the ``test`` rows that neither side was trained on.
 
-
-def _compare(challenger: Side, champion: Side | None, test: pd.DataFrame, tables: Path, quarantine: Path) -> Comparison:
-    sides = [challenger, champion] if champion else [challenger]
-    fresh = test[test["time"] >= max(_trained_until(side.model) for side in sides)]
-    left_out = len(test) - len(fresh)
-    if champion is None or not len(fresh):
-        return Comparison(fresh, left_out, 0, challenger.model.predict(fresh), None)
-    own = champion.model.prepare(tables, quarantine).set_index("key")
-    matched = fresh[fresh["key"].isin(own.index)]
-    return Comparison(
-        test=matched,
-        left_out=left_out,
-        unmatched=len(fresh) - len(matched),
-        challenger=challenger.model.predict(matched),
-        champion=champion.model.predict(own.loc[matched["key"]]),
+    ``trained`` are the keys of the challenger's training rows, as far as they are known. Raises ParamsError if a rule
+    names a column that the challenger's SQL does not give, and TryAgain while the registry is away.
+    """
+    found = [_another(challenger, champion)] if champion else []
+    if found and not found[0].passed:
+        return Verdict(found, None)
+    loaded, models = _possible(
+        "models load",
+        "both models are as they were registered" if champion else "the model is as it was registered",
+        lambda: [side.model for side in (challenger, champion) if side],
     )
+    if not models:
+        return Verdict([*found, loaded], None)
+    scored, comparison = _possible(
+        "models score",
+        "every test row has a prediction of each side",
+        lambda: _compare(challenger, champion, test, tables, quarantine, trained),
+    )
+    found += [loaded, scored]
+    if not comparison:
+        return Verdict(found, None)
+    found += _enough(comparison, params)
+    if comparison.test.empty:
+        return Verdict(found, comparison)
+    evidence = _evidence(comparison, challenger, champion, tables, quarantine, params, as_of)
+    return Verdict([*found, *(rule.check(evidence) for rule in params.rules)], comparison)
 
 
-def _trained_until(model: Model) -> datetime:
-    """The end of what the model has seen: validation chose among its candidates and epochs."""
-    windows = model.schema["windows"]
-    return max(datetime.fromisoformat(windows[name]["end"]) for name in ("train", "validation"))
+# --- what no setting switches off
 
 
-def _no_rows(found: Comparison, params: DecideParams) -> Rule:
-    words = f"no test row is new to both models ({found.left_out:,} were trained on)"
-    if found.unmatched:
-        words = f"the champion's preparation has none of the {found.unmatched:,} test rows"
-    return Rule("test rows", 0, params.min_test_rows, False, words)
+def _check(rule: str, measured: float | str | None, needed: float | str | None, passed: bool, words: str) -> Finding:
+    return Finding(rule=rule, severity="block", measured=measured, needed=needed, passed=passed, words=words)
 
 
-def _enough(found: Comparison, params: DecideParams) -> Iterator[Rule]:
+def _another(challenger: Side, champion: Side) -> Finding:
+    ours, theirs = challenger.digest, champion.digest
+    words = "another model than the champion" if ours != theirs else "the champion itself"
+    return _check("another model", ours[:12], f"not {theirs[:12]}", ours != theirs, words)
+
+
+def _possible(rule: str, words: str, attempt: Callable[[], Result]) -> tuple[Finding, Result | None]:
+    """Whether the attempt succeeds, and its result. A registry that is away is not the challenger's fault: TryAgain."""
+    try:
+        result = attempt()
+    except TryAgain:
+        raise
+    except BallastError as error:
+        return _check(rule, None, None, False, f"could not be scored: {error}"), None
+    return _check(rule, None, None, True, words), result
+
+
+def _enough(found: Comparison, params: DecideParams) -> Iterator[Finding]:
     count, days = len(found.test), found.days.nunique()
     words = f"{count:,} test rows that no side was trained on, needed: at least {params.min_test_rows:,}"
     if found.left_out:
         words += f" ({found.left_out:,} others left out)"
-    yield Rule("test rows", count, params.min_test_rows, count >= params.min_test_rows, words)
+    if not count:
+        words = f"no test row is new to both models ({found.left_out:,} were trained on)"
+    if not count and found.unmatched:
+        words = f"the champion's preparation has none of the {found.unmatched:,} test rows"
+    yield _check("test rows", count, params.min_test_rows, count >= params.min_test_rows, words)
+    if not count:
+        return
     words = f"the test rows are of {days} days, needed: at least {params.min_test_days}"
-    yield Rule("test days", days, params.min_test_days, days >= params.min_test_days, words)
+    yield _check("test days", days, params.min_test_days, days >= params.min_test_days, words)
+    if found.champion is not None:
+        yield _matched(found, params.max_unmatched_share)
 
 
-def _absolute(found: Comparison, params: DecideParams) -> Iterator[Rule]:
-    """A floor, and ceilings that give way to the champion's own value on the same rows.
-
-    A month may be hard for every model: a ceiling that did not move with it would keep the worse of two in place.
-    A metric that the rows do not define (NaN) passes none.
-    """
-    measured = _measure(found, found.challenger, params)
-    theirs = _measure(found, found.champion, params) if found.champion is not None else {}
-    auc = measured["roc_auc"]
-    words = f"ROC AUC {auc:.3f}, needed: at least {params.min_auc:g}"
-    yield Rule("ROC AUC", _number(auc), params.min_auc, auc >= params.min_auc, words)
-    ceilings = {"log_loss": params.max_log_loss, "calibration_error": params.max_calibration_error}
-    for key, ceiling in ceilings.items():
-        name, value, champion = key.replace("_", " "), measured[key], theirs.get(key, 0.0)
-        words = f"{name} {value:.3f}, needed: at most {ceiling:g}"
-        if champion > ceiling:
-            words += f", or the champion's on these rows: {champion:.3f}"
-        limit = max(ceiling, champion)
-        yield Rule(name, _number(value), limit, value <= limit, words)
-
-
-def _measure(found: Comparison, probability: Floats, params: DecideParams) -> dict[str, float]:
-    return metrics.binary(found.test["label"], probability, 0.5, params.calibration_bins)
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _relative(found: Comparison, challenger: Side, champion: Side, params: DecideParams) -> Iterator[Rule]:
-    yield _another(challenger, champion)
+def _matched(found: Comparison, most: float) -> Finding:
     total = len(found.test) + found.unmatched
     share = found.unmatched / total
-    words = f"the champion's preparation lacks {found.unmatched:,} of {total:,} test rows, needed: at most "
-    words += f"{params.max_unmatched_share:.1%}"
-    yield Rule("matched rows", share, params.max_unmatched_share, share <= params.max_unmatched_share, words)
-    if found.champion is not None:
-        yield _better(found, found.champion, params)
+    words = f"the champion's preparation lacks {found.unmatched:,} of {total:,} test rows, needed: at most {most:.1%}"
+    return _check("matched rows", share, most, share <= most, words)
 
 
-def _another(challenger: Side, champion: Side) -> Rule:
-    ours, theirs = challenger.digest, champion.digest
-    words = "another model than the champion" if ours != theirs else "the champion itself"
-    return Rule("another model", ours[:12], f"not {theirs[:12]}", ours != theirs, words)
+# --- the comparison
 
 
-def _better(found: Comparison, champion: Floats, params: DecideParams) -> Rule:
-    """Better in log loss by more than the margin, at the lower bound of a paired bootstrap over days."""
-    label, days = found.test["label"], found.days
-    gain = metrics.log_loss_rows(label, champion) - metrics.log_loss_rows(label, found.challenger)
-    draws = metrics.bootstrap_by_day(gain, days, params.seed)
-    lower, mean = float(np.quantile(draws, 1 - params.confidence)), float(gain.mean())
-    words = f"{'better' if mean > 0 else 'worse'} by {abs(mean):.3f} ± {draws.std():.3f} log loss"
-    words = f"{words if mean else 'equal in log loss'} over {days.nunique()} days"
-    if mean > 0 and lower <= params.margin:
-        bound = f"{params.confidence:.1%} sure of {lower:.3f}, needed: more than {params.margin:g}"
-        words = f"not surely better than the champion: {words} ({bound})"
-    return Rule("better than the champion", lower, params.margin, lower > params.margin, words)
+def _compare(
+    challenger: Side,
+    champion: Side | None,
+    test: pd.DataFrame,
+    tables: Path,
+    quarantine: Path,
+    trained: Collection[str],
+) -> Comparison:
+    """Both sides on the rows that neither was trained on, by the windows of their schemas and by the rows' keys."""
+    sides = [challenger, champion] if champion else [challenger]
+    late = test[test["time"] >= max(side.trained_until for side in sides)]
+    own = champion.model.prepare(tables, quarantine).set_index("key") if champion else None
+    seen = set(trained)
+    if champion and own is not None:  # its own preparation may have given a row another time
+        seen |= set(own.index[own["time"] < champion.trained_until])
+    fresh = late[~late["key"].isin(seen)]
+    matched = fresh if own is None else fresh[fresh["key"].isin(own.index)]
+    own = None if own is None else own.loc[matched["key"]]
+    return Comparison(
+        test=matched,
+        own=own,
+        left_out=len(test) - len(fresh),
+        left_out_by_key=len(late) - len(fresh),
+        unmatched=len(fresh) - len(matched),
+        challenger=challenger.model.predict(matched),
+        champion=champion.model.predict(own) if champion and own is not None else None,
+    )
+
+
+def _evidence(
+    found: Comparison,
+    challenger: Side,
+    champion: Side | None,
+    tables: Path,
+    quarantine: Path,
+    params: DecideParams,
+    as_of: date,
+) -> Evidence:
+    """What the rules may look at; what only some of them need is had only if one of them is there."""
+    timed = any(isinstance(rule, rules.Latency) for rule in params.rules)
+    frames = {"challenger": (challenger, found.test)}
+    if champion and found.own is not None:
+        frames["champion"] = (champion, found.own)
+    seconds = _clocked(frames) if timed else {}
+    theirs = None
+    if champion and found.champion is not None:
+        theirs = _scored(champion, found.champion, seconds.get("champion"))
+    return Evidence(
+        test=_with_columns(found.test, challenger.model, tables, quarantine, params),
+        challenger=_scored(challenger, found.challenger, seconds.get("challenger")),
+        champion=theirs,
+        as_of=as_of,
+        threshold=params.threshold,
+        bins=params.calibration_bins,
+        seed=params.seed,
+    )
+
+
+def _scored(side: Side, probability: Floats, seconds: float | None) -> Scored:
+    rates = {name: window["label_rate"] for name, window in side.model.schema["windows"].items()}
+    return Scored(probability, side.trained_until, rates, side.model.size, seconds)
+
+
+def _clocked(frames: Mapping[str, tuple[Side, pd.DataFrame]]) -> dict[str, float]:
+    """Seconds of each side for 1,000 rows, the median of a few tries on one thread.
+
+    In turn, so that a busy machine slows both; and threads that wait for each other there would tell of it alone.
+    """
+    from threadpoolctl import threadpool_limits
+
+    tries: dict[str, list[float]] = {name: [] for name in frames}
+    with threadpool_limits(1):
+        for _ in range(TRIES + 1):
+            for name, (side, frame) in frames.items():
+                few = frame.iloc[:TIMED_ROWS]
+                began = time.perf_counter()
+                side.model.predict(few)
+                tries[name].append((time.perf_counter() - began) * TIMED_ROWS / len(few))
+    return {name: statistics.median(taken[1:]) for name, taken in tries.items()}  # the first warms up
+
+
+def _with_columns(
+    test: pd.DataFrame, model: Model, tables: Path, quarantine: Path, params: DecideParams
+) -> pd.DataFrame:
+    """The test rows with every column that a rule reads: one that is no feature is in the challenger's SQL only."""
+    wanted = {name: place for place, rule in enumerate(params.rules) for name in rule.reads if name not in test}
+    if not wanted:
+        return test
+    made = model.prepare(tables, quarantine).set_index("key")
+    for name, place in wanted.items():
+        if name not in made:
+            near = get_close_matches(name, list(made.columns), n=1)
+            remedy = f"did you mean `{near[0]}`?" if near else f"it gives {', '.join(made.columns)}."
+            raise ParamsError(f"`decide.rules.{place}` names `{name}`, which prepare.sql does not give; {remedy}")
+    return test.join(made[list(wanted)], on="key")
+
+
+# --- the step
 
 
 def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Path, settings: Path) -> dict[str, Any]:
@@ -237,9 +332,9 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     ledger = state.ledger()
     gate = params.load(settings, "decide", DecideParams)
     challenger, champion = _side(found["version"]), _side(ledger[-1].to_version) if ledger else None
-    verdict = decide(challenger, champion, rows.read(test), tables, quarantine, gate)
-    as_of = params.as_of(settings)
-    facts = _facts(verdict, challenger, champion, ledger, gate, as_of)
+    as_of, trained = params.as_of(settings), _trained_keys(test.parent)
+    verdict = decide(challenger, champion, rows.read(test), tables, quarantine, gate, as_of, trained)
+    facts = _facts(verdict, challenger, champion, ledger, gate, as_of, bool(trained))
     digest = record.keep(out, facts)
     version = registry.version(challenger.version)
     state.remember(
@@ -249,6 +344,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
         "summary": verdict.summary,
         "verdict": verdict.verdict,
         "reasons": verdict.reasons,
+        "warnings": verdict.warnings,
         "model": registry.name(),
         "version": version.number,
         "record_sha256": digest,
@@ -263,6 +359,14 @@ def _side(version: int) -> Side:
     return Side(version, registry.version(version).digest, lambda: load(registry.model(version)))
 
 
+def _trained_keys(prepared: Path) -> set[str]:
+    """The keys of the rows that the challenger was trained and chosen on, where they lie beside the test rows."""
+    import pyarrow.parquet as pq
+
+    files = [file for name in ("train", "validation") if (file := prepared / f"{name}.parquet").exists()]
+    return {key for file in files for key in pq.read_table(file, columns=["key"])["key"].to_pylist()}
+
+
 def _facts(
     verdict: Verdict,
     challenger: Side,
@@ -270,6 +374,7 @@ def _facts(
     ledger: list[Entry],
     gate: DecideParams,
     as_of: date,
+    keys_known: bool,
 ) -> dict[str, Any]:
     """The decision record: all that is needed to judge the judgement, and to see whether it still holds."""
     found, version = verdict.comparison, registry.version(challenger.version)
@@ -278,6 +383,7 @@ def _facts(
         "verdict": verdict.verdict,
         "summary": verdict.summary,
         "reasons": verdict.reasons,
+        "warnings": verdict.warnings,
         "model": registry.name(),
         "version": challenger.version,
         "digest": challenger.digest,
@@ -287,36 +393,41 @@ def _facts(
             "ledger_head": ledger[-1].hash if ledger else GENESIS,
         },
         "as_of": as_of.isoformat(),
-        "test": _test(found) if found else None,
-        "rules": [asdict(rule) for rule in verdict.rules],
+        "test": _test(found, keys_known) if found else None,
+        "rules": [rule.model_dump() for rule in verdict.rules],
         "metrics": _metrics(found, gate) if found else {},
         "commit": version.tags.get("ballast.commit"),
         "lock": version.lock,
         "trigger": provenance.trigger(),
         "actor": provenance.actor(),
-        "params": gate.model_dump(),
+        "params": gate.model_dump(mode="json"),
         "decided_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
 
 
-def _test(found: Comparison) -> dict[str, Any]:
+def _test(found: Comparison, keys_known: bool) -> dict[str, Any]:
     """The rows that both were judged on; their hash is over keys and labels, in order of time."""
     times, few = found.test["time"], found.test.empty
+    checked = {"challenger": "windows and keys" if keys_known else "windows"}
+    if found.own is not None:
+        checked["champion"] = "windows and keys"
     return {
         "rows": len(found.test),
         "days": found.days.nunique(),
         "start": None if few else times.min().isoformat(),
         "end": None if few else times.max().isoformat(),
-        "left_out": found.left_out,
-        "unmatched": found.unmatched,
         "sha256": record.rows_sha256(found.test["key"], found.test["label"]),
+        "left_out": found.left_out,
+        "left_out_by_key": found.left_out_by_key,
+        "unmatched": found.unmatched,
+        "checked": checked,
     }
 
 
 def _metrics(found: Comparison, gate: DecideParams) -> Mapping[str, Mapping[str, float | None]]:
     sides = {"challenger": found.challenger, "champion": found.champion}
     return {
-        side: _shown(_measure(found, probability, gate))
+        side: _shown(metrics.binary(found.test["label"], probability, gate.threshold, gate.calibration_bins))
         for side, probability in sides.items()
         if probability is not None and len(probability)
     }
@@ -325,7 +436,7 @@ def _metrics(found: Comparison, gate: DecideParams) -> Mapping[str, Mapping[str,
 def _shown(measured: Mapping[str, float]) -> dict[str, float | None]:
     """Those metrics that no threshold of ours goes into; None where the rows do not define one."""
     names = ("log_loss", "roc_auc", "pr_auc", "brier", "calibration_error", "label_rate")
-    return {name: _number(measured[name]) for name in names}
+    return {name: None if math.isnan(measured[name]) else measured[name] for name in names}
 
 
 def main() -> None:

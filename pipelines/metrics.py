@@ -6,6 +6,9 @@ else raises BallastError. What one class alone cannot define (ROC AUC, PR AUC) i
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -92,6 +95,40 @@ def bootstrap_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int, draw
     times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     means: Floats = (times @ sums) / (times @ rows)
     return means
+
+
+class Estimate(NamedTuple):
+    """A mean, its standard error, its lower confidence bound, and the number of days that it comes from."""
+
+    mean: float
+    spread: float
+    lower: float
+    days: int
+
+
+def mean_by_day(values: npt.ArrayLike, days: npt.ArrayLike, confidence: float, seed: int) -> Estimate:
+    """The mean of ``values`` and how far it may be trusted, by ``bootstrap_by_day``, widened for few days.
+
+    One day says nothing about others: its lower bound is -inf.
+    """
+    draws, count = bootstrap_by_day(values, days, seed), len(np.unique(np.asarray(days)))
+    mean = float(np.asarray(values, dtype=np.float64).mean())
+    below = mean - float(np.quantile(draws, 1 - confidence))
+    lower = mean - widening(count, confidence) * below if count > 1 else -math.inf
+    return Estimate(mean, float(draws.std()), lower, count)
+
+
+def widening(days: int, confidence: float) -> float:
+    """How much further the bound of a bootstrap over so few days must lie from the mean than its quantile does.
+
+    The spread of n resampled days is short by sqrt((n - 1) / n), and its quantiles are those of a normal
+    distribution where Student's t of n - 1 degrees is called for: at 97.5 % and 14 days, 1.14; at 7 days, 1.35.
+    Without it nearly twice the promised share would pass by luck (docs/adr/0006). After the expanded percentile
+    interval of Hesterberg, "What Teachers Should Know About the Bootstrap" (2015).
+    """
+    from scipy.special import ndtri, stdtrit
+
+    return float(math.sqrt(days / (days - 1)) * stdtrit(days - 1, confidence) / ndtri(confidence))
 
 
 # Counted here and not by scikit-learn, whose import takes a second that each run of evaluate and decide would wait;

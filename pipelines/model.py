@@ -181,6 +181,8 @@ class Model:
     sql: str
     transform: Transform
     classify: Callable[[Matrix], Probabilities]
+    size: int
+    """Bytes of its files."""
 
     @property
     def features(self) -> Features:
@@ -227,10 +229,14 @@ def save(folder: Path, kind: Kind, weights: bytes, transform: Transform, schema:
 
 
 def load(folder: Path) -> Model:
-    """Load a model; raise BallastError if a file of it is missing, changed or not in its manifest."""
+    """Load a model; raise BallastError if a file is missing, changed, not in its manifest or no part of a model."""
     files, digest = _verified(folder)
-    schema = json.loads(files["schema.json"])
-    kind: Kind = schema["kind"]
+    schema = json.loads(files.get("schema.json", b"{}"))
+    kind: Kind = schema.get("kind")
+    if odd := sorted(set(files) ^ {WEIGHTS.get(kind, "weights"), "transform.json", "schema.json", "prepare.sql"}):
+        raise BallastError(
+            f"{folder} is no model of ours: {', '.join(odd)} missing, or not part of one. Take it again."
+        )
     return Model(
         digest=digest,
         kind=kind,
@@ -238,6 +244,7 @@ def load(folder: Path) -> Model:
         sql=files["prepare.sql"].decode(),
         transform=Transform.from_json(json.loads(files["transform.json"])),
         classify=_loads(kind, files[WEIGHTS[kind]]),
+        size=sum(map(len, files.values())),
     )
 
 

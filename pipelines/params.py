@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -57,30 +59,44 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _explain(section: str, cls: type[Params], detail: ErrorDetails) -> str:
-    where = ".".join([section, *map(str, detail["loc"])])
-    if detail["type"] != "extra_forbidden":
-        return f"`{where}`: {detail['msg']} (found {detail['input']!r})"
-    known = _fields_beside(cls, detail["loc"][:-1])
-    near = get_close_matches(str(detail["loc"][-1]), known, n=1)
-    remedy = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(sorted(known))}"
-    return f"`{where}` is not a setting; {remedy}"
+    where, kind = ".".join([section, *map(str, detail["loc"])]), detail["type"]
+    if kind == "extra_forbidden":
+        known = _fields_beside(cls, detail["loc"][:-1])
+        return f"`{where}` is not a setting; {_nearest(str(detail['loc'][-1]), known)}"
+    if kind == "union_tag_invalid":  # one of several classes, told apart by the value of one key
+        known = re.findall(r"'([^']*)'", detail["ctx"]["expected_tags"])
+        return f"`{where}` is no `{detail['ctx']['tag']}`; {_nearest(detail['ctx']['tag'], known)}"
+    found = textwrap.shorten(repr(detail["input"]), 200, placeholder=" …")
+    near = get_close_matches(str(detail["input"]), re.findall(r"'([^']*)'", detail["msg"]), n=1)
+    hint = f"; did you mean `{near[0]}`?" if kind == "literal_error" and near else ""
+    return f"`{where}`: {detail['msg']} (found {found}){hint}"
+
+
+def _nearest(wrong: str, known: list[str]) -> str:
+    near = get_close_matches(wrong, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(sorted(known))}"
 
 
 def _fields_beside(cls: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The names of the fields of the model at ``loc`` inside ``cls``."""
-    model: Any = cls
+    models: list[type[BaseModel]] = [cls]
     for step in loc:
-        fields = getattr(model, "model_fields", {})
+        fields = models[0].model_fields
         if step in fields:
-            model = _model_in(fields[step].annotation) or model
-    return list(model.model_fields)
+            models = _models_in(fields[step].annotation) or models
+        elif tagged := [model for model in models if len(models) > 1 and step in _tags(model)]:
+            models = tagged
+    return list(models[0].model_fields)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The Pydantic class inside an annotation such as ``X | None`` or ``dict[str, X]``."""
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The Pydantic classes inside an annotation such as ``X | None`` or ``dict[str, X]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        if found := _model_in(part):
-            return found
-    return None
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    """What tells a class from the others of a union: the values of its fields that can have one value only."""
+    allowed = [get_args(field.annotation) for field in model.model_fields.values()]
+    return {values[0] for values in allowed if len(values) == 1}

@@ -61,6 +61,14 @@ LAND = {
 }
 
 
+RULES = [
+    {"rule": "better", "margin": 0.0, "confidence": 0.975},
+    {"rule": "ceiling", "metric": "log_loss", "at_most": 0.69},
+    {"rule": "calibration", "max_error": 0.2},
+    {"rule": "slices", "columns": ["channel"], "max_worse": 0.05, "min_rows": 100, "confidence": 0.975},
+]
+
+
 def write_source(inbox: Path) -> None:
     """Eighty days of visits in two CSV files, and the shops; two baskets are impossible."""
     random = np.random.default_rng(3)
@@ -106,7 +114,7 @@ def own_project(root: Path) -> Path:
     params["evaluate"]["slices"] = ["channel"]
     params["train"]["tabm"] |= {"epochs": 3}
     params["register"]["model"] = "returns"
-    params["decide"] |= {"min_test_rows": 300, "max_log_loss": 0.69, "max_calibration_error": 0.2}
+    params["decide"] |= {"min_test_rows": 300, "threshold": 0.5, "rules": RULES}
     params["drift"] |= {"min_rows": 300, "columns": {}}
     params["policy"]["min_labelled_rows"] = 300
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,15 @@ register: {model: late}
 decide:
   min_test_rows: 500
   min_test_days: 7
-  min_auc: 0.6
-  max_log_loss: 0.69
-  max_calibration_error: 0.15
-  calibration_bins: 10
   max_unmatched_share: 0.01
-  margin: 0.0
-  confidence: 0.975
+  threshold: 0.5
+  calibration_bins: 10
   seed: 1
+  rules:
+    - {rule: floor, metric: roc_auc, at_least: 0.6}
+    - {rule: ceiling, metric: log_loss, at_most: 0.69, or_champion: true}
+    - {rule: calibration, max_error: 0.15, or_champion: true}
+    - {rule: better, margin: 0.0, confidence: 0.975}
 """
 
 
@@ -86,37 +88,64 @@ class Project:
             self.root / "data" / "prepare" / "test.parquet", index=False
         )
 
+    def prepare(self, sql: str = SQL, windows: tuple[int, int, int] = (0, 32, 46), learned: int | None = None) -> None:
+        """Write the windows' rows as the stage does; ``learned``: what was trained on went on to this day in truth."""
+        from pipelines import rows
+        from pipelines.schema import Table
+
+        selected = rows.select(self.tables, None, sql, {name: Table.model_validate(one) for name, one in TABLES.items()})
+        days = {"train": windows[:2], "validation": windows[1:], "test": (46, DAYS)}
+        if learned:
+            days["train"] = (windows[0], learned)
+        for name, (start, end) in days.items():
+            within = selected[selected["time"].between(day(start), day(end), inclusive="left")]
+            within.astype({"label": "int8"}).to_parquet(self.root / "data" / "prepare" / f"{name}.parquet", index=False)
+
     def train(
         self,
         iterations: int = 25,
         sql: str = SQL,
         windows: tuple[int, int, int] = (0, 32, 46),
-        label: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]] = lambda y: y,
+        label: Callable[[pd.DataFrame], np.ndarray[Any, Any]] = lambda seen: seen["label"].to_numpy("float32"),
         seed: int = 1,
+        learned: int | None = None,
+        rate: float = 0.1,
+        features: Mapping[str, list[str]] = MappingProxyType(FEATURES),
+        more: Mapping[str, Any] = MappingProxyType({}),
+        spoil: Callable[[Any], object] = lambda fitted: None,
     ) -> str:
-        """Write data/{prepare,train,evaluate} as the stages do, with a small model; return its digest."""
+        """Write data/{prepare,train,evaluate} as the stages do, with a small model; return its digest.
+
+        ``label`` makes the labels that it learns, ``more`` goes into its schema, and ``spoil`` has the fitted
+        classifier before it is written.
+        """
+        import sklearn.ensemble  # noqa: F401 (a limit of threads holds for what is loaded by then)
+
         from pipelines import baseline, model, rows
         from pipelines.schema import Features, Table
 
         start, middle, end = map(day, windows)
         schema = {
             "as_of": "2013-03-02",
-            "features": FEATURES,
+            "features": dict(features),
             "tables": TABLES,
             "windows": {
                 "train": {"start": start.isoformat(), "end": middle.isoformat(), "rows": 1, "label_rate": 0.5},
                 "validation": {"start": middle.isoformat(), "end": end.isoformat(), "rows": 1, "label_rate": 0.5},
                 "test": {"start": end.isoformat(), "end": day(DAYS).isoformat(), "rows": 1, "label_rate": 0.5},
             },
+            **more,
         }
         declared = {name: Table.model_validate(table) for name, table in TABLES.items()}
         selected = rows.select(self.tables, None, sql, declared)
-        seen = selected[selected["time"].between(start, middle, inclusive="left")]
-        transform = model.Transform.fit(seen, Features.model_validate(FEATURES))
-        x, y = transform.encode(seen), label(seen["label"].to_numpy("float32"))
-        settings = baseline.HgbParams(iterations=iterations, patience=iterations, learning_rate=0.1, max_leaf_nodes=8)
+        seen = selected[selected["time"].between(start, day(learned) if learned else middle, inclusive="left")]
+        transform = model.Transform.fit(seen, Features.model_validate(dict(features)))
+        x, y = transform.encode(seen), label(seen)
+        settings = baseline.HgbParams(iterations=iterations, patience=iterations, learning_rate=rate, max_leaf_nodes=8)
+        categories = {len(transform.numeric): 3} if transform.categorical else {}
         with threadpool_limits(1):  # threads that wait for each other on a busy machine take longer than one
-            fitted = baseline.fit_hgb((x, y), (x, y), {1: 3}, settings, seed)
+            fitted = baseline.fit_hgb((x, y), (x, y), categories, settings, seed)
+        spoil(fitted)
         data = self.root / "data"
         write_json(data / "prepare" / "schema.json", schema)
         model.save(data / "train" / "model", "hgb", baseline.dumps(fitted), transform, schema, sql.encode())
@@ -175,13 +204,23 @@ class Project:
             "verdict": verdict,
             "summary": f"{verdict.upper()} · for the test",
             "reasons": ["for the test"],
+            "warnings": [],
             "model": registry.name(),
             "version": version,
             "digest": digest,
             "champion": {"version": state.champion(), "digest": None, "ledger_head": state.head()},
             "as_of": "2013-03-02",
             "test": None,
-            "rules": [{"rule": "test", "measured": 1, "needed": 1, "passed": True, "words": "for [the] test"}],
+            "rules": [
+                {
+                    "rule": "test",
+                    "severity": "block",
+                    "measured": 1,
+                    "needed": 1,
+                    "passed": True,
+                    "words": "for [the] test",
+                }
+            ],
             "metrics": {},
             "commit": "unknown",
             "lock": "",

@@ -172,10 +172,10 @@ def test_explain_says_what_why_and_when(project: Project, ballast: Any) -> None:
     assert code == 0
     for said in (
         r"late v1 · hgb · model [0-9a-f]{12}",
-        r"served +champion since 20\d\d.*, promoted: PROMOTE · first model · 6 of 6 rules",
+        r"served +champion since 20\d\d.*, promoted: PROMOTE · first model · 8 of 8 rules",
         r"decision +PROMOTE · first model",
         r"passed  test rows: 840 test rows that no side was trained on, needed: at least 500",
-        r"passed  no champion to beat: first model",
+        r"passed  better: first model",
         r"data +train +2013-01-01 → 2013-02-02  1 rows",
         r"code +commit unknown",
         r"started by +laptop",
@@ -185,7 +185,7 @@ def test_explain_says_what_why_and_when(project: Project, ballast: Any) -> None:
         assert re.search(said, out), (said, out)
     found = json.loads(ballast("explain", "1", "--json")[1])
     assert found["champion"] is True
-    assert found["decisions"][0]["record"]["rules"][0]["rule"] == "test rows"
+    assert found["decisions"][0]["record"]["rules"][0]["rule"] == "models load"
 
 
 def test_explain_of_a_replaced_version_says_by_what(two: Project, ballast: Any) -> None:

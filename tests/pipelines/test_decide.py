@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import SQL, Project, read
 
 from pipelines import metrics, params, record, registry
@@ -15,11 +17,11 @@ from pipelines.errors import BallastError
 from pipelines.model import Model, load
 from pipelines.state import GENESIS, State
 
-Labels = np.ndarray[Any, Any]
+DEFAULT_BETTER = {"rule": "better", "severity": "block", "metric": "log_loss"}
 
 
-def upside_down(label: Labels) -> Labels:
-    return 1 - label
+def upside_down(seen: pd.DataFrame) -> np.ndarray[Any, Any]:
+    return 1 - seen["label"].to_numpy("float32")
 
 
 def side(project: Project, version: int = 1, **how: Any) -> Side:
@@ -31,10 +33,22 @@ def standing(model: Model, version: int = 1) -> Side:
     return Side(version, model.digest, lambda: model)
 
 
-def gate(project: Project, challenger: Side, champion: Side | None = None, **settings: Any) -> Verdict:
+def gate(
+    project: Project,
+    challenger: Side,
+    champion: Side | None = None,
+    trained: Collection[str] = (),
+    rules: dict[str, dict[str, Any]] | None = None,
+    **settings: Any,
+) -> Verdict:
+    """Judge by the project's settings, with some of them changed; ``rules`` changes fields of rules by their kind."""
+    path = project.root / "params.yaml"
+    section = yaml.safe_load(path.read_text())["decide"] | settings
+    section["rules"] = [rule | (rules or {}).get(rule["rule"], {}) for rule in section["rules"]]
     test = pd.read_parquet(project.root / "data" / "prepare" / "test.parquet")
-    rules = params.load(project.root / "params.yaml", "decide", DecideParams).model_copy(update=settings)
-    return decide(challenger, champion, test, project.tables, project.root / "data" / "validate" / "quarantine", rules)
+    quarantine = project.root / "data" / "validate" / "quarantine"
+    policy = DecideParams.model_validate(section)
+    return decide(challenger, champion, test, project.tables, quarantine, policy, params.as_of(path), trained)
 
 
 def failed(verdict: Verdict) -> list[str]:
@@ -43,7 +57,7 @@ def failed(verdict: Verdict) -> list[str]:
 
 def test_decide_on_a_good_first_model_promotes_by_an_explicit_rule(project: Project) -> None:
     verdict = gate(project, side(project))
-    assert verdict.summary == "PROMOTE · first model · 6 of 6 rules"
+    assert verdict.summary == "PROMOTE · first model · 8 of 8 rules"
     assert (verdict.verdict, verdict.reasons) == ("promote", ["first model"])
 
 
@@ -52,15 +66,15 @@ def test_decide_on_a_good_first_model_promotes_by_an_explicit_rule(project: Proj
     [
         ({"min_test_rows": 841}, "test rows"),
         ({"min_test_days": 15}, "test days"),
-        ({"min_auc": 0.95}, "ROC AUC"),
-        ({"max_log_loss": 0.2}, "log loss"),
-        ({"max_calibration_error": 0.001}, "calibration error"),
+        ({"rules": {"floor": {"at_least": 0.95}}}, "floor roc_auc"),
+        ({"rules": {"ceiling": {"at_most": 0.2}}}, "ceiling log_loss"),
+        ({"rules": {"calibration": {"max_error": 0.001}}}, "calibration"),
     ],
 )
 def test_decide_on_a_first_model_refuses_by_each_rule(project: Project, settings: dict[str, Any], rule: str) -> None:
     verdict = gate(project, side(project), **settings)
     assert (verdict.verdict, failed(verdict)) == ("refuse", [rule])
-    assert verdict.summary.endswith("needed: at " + verdict.reasons[0].split("needed: at ")[1] + " · 5 of 6 rules")
+    assert verdict.summary.endswith("needed: at " + verdict.reasons[0].split("needed: at ")[1] + " · 7 of 8 rules")
 
 
 def test_decide_on_a_better_challenger_promotes(project: Project) -> None:
@@ -73,18 +87,21 @@ def test_decide_on_a_better_challenger_promotes(project: Project) -> None:
 def test_decide_in_a_hard_month_lets_ceilings_give_way_to_the_champion_only(project: Project) -> None:
     """Both are over the ceiling: the better one may pass; the worse one, and a first model, may not."""
     better, worse = side(project, 2), side(project, 1, iterations=10)
-    verdict = gate(project, better, worse, max_log_loss=0.2)
+    hard: dict[str, Any] = {"rules": {"ceiling": {"at_most": 0.2}}}
+    verdict = gate(project, better, worse, **hard)
     assert verdict.verdict == "promote", verdict
     assert any("or the champion's on these rows" in rule.words for rule in verdict.rules)
-    assert "log loss" in failed(gate(project, worse, better, max_log_loss=0.2))
-    assert failed(gate(project, better, max_log_loss=0.2)) == ["log loss"]
+    assert "ceiling log_loss" in failed(gate(project, worse, better, **hard))
+    assert failed(gate(project, better, **hard)) == ["ceiling log_loss"]
+    strict: dict[str, Any] = {"rules": {"ceiling": {"at_most": 0.2, "or_champion": False}}}
+    assert failed(gate(project, better, worse, **strict)) == ["ceiling log_loss"]
 
 
 @pytest.mark.parametrize("how", [{"iterations": 10}, {"label": upside_down}])
 def test_decide_on_a_worse_challenger_refuses(project: Project, how: dict[str, Any]) -> None:
     verdict = gate(project, side(project, 2, **how), side(project, 1))
     assert verdict.verdict == "refuse"
-    assert "better than the champion" in failed(verdict)
+    assert "better" in failed(verdict)
     assert any(reason.startswith("worse by ") for reason in verdict.reasons)
 
 
@@ -93,9 +110,9 @@ def test_decide_on_a_challenger_better_by_chance_refuses(project: Project) -> No
     challenger, champion = side(project, 2), side(project, 1, iterations=10)
     proven = gate(project, challenger, champion).rules[-1].measured
     assert isinstance(proven, float)
-    assert gate(project, challenger, champion, margin=proven * 0.9).verdict == "promote"
-    verdict = gate(project, challenger, champion, margin=proven * 1.1)
-    assert failed(verdict) == ["better than the champion"]
+    assert gate(project, challenger, champion, rules={"better": {"margin": proven * 0.9}}).verdict == "promote"
+    verdict = gate(project, challenger, champion, rules={"better": {"margin": proven * 1.1}})
+    assert failed(verdict) == ["better"]
     assert verdict.reasons[0].startswith("not surely better than the champion: better by ")
 
 
@@ -103,7 +120,7 @@ def test_decide_on_equal_predictions_keeps_the_champion(project: Project) -> Non
     champion, challenger = side(project, 1), side(project, 2, sql=SQL + " -- in other words")
     assert champion.model.digest != challenger.model.digest
     verdict = gate(project, challenger, champion)
-    assert failed(verdict) == ["better than the champion"]
+    assert failed(verdict) == ["better"]
     assert verdict.reasons == ["equal in log loss over 14 days"]
 
 
@@ -125,7 +142,7 @@ def test_decide_leaves_out_test_rows_that_a_side_was_trained_on(project: Project
 
 def test_decide_without_any_row_new_to_both_refuses(project: Project) -> None:
     verdict = gate(project, side(project, 2), side(project, 1, windows=(0, 40, 60)))
-    assert verdict.summary == "REFUSE · no test row is new to both models (840 were trained on) · 0 of 1 rules"
+    assert verdict.summary == "REFUSE · no test row is new to both models (840 were trained on) · 3 of 4 rules"
 
 
 def test_decide_scores_the_champion_through_its_own_preparation(project: Project) -> None:
@@ -160,10 +177,8 @@ def test_decide_where_the_champion_cannot_be_prepared_refuses(project: Project) 
     champion, challenger = side(project, 1), side(project, 2, iterations=10)
     tables = pd.read_parquet(project.tables / "events" / "all.parquet")
     tables.drop(columns="c").to_parquet(project.tables / "events" / "all.parquet")
-    test = pd.read_parquet(project.root / "data" / "prepare" / "test.parquet")
-    rules = params.load(project.root / "params.yaml", "decide", DecideParams)
-    verdict = decide(challenger, champion, test, project.tables, project.root, rules)
-    assert verdict.verdict == "refuse"
+    verdict = gate(project, challenger, champion)
+    assert failed(verdict) == ["models score"]
     assert "lacks the declared columns c" in verdict.summary
 
 
@@ -181,14 +196,14 @@ def test_decide_on_constant_predictions_refuses(project: Project) -> None:
     from dataclasses import replace
 
     constant = replace(side(project).model, classify=lambda matrix: np.full(len(matrix), 0.5))
-    assert "ROC AUC" in failed(gate(project, standing(constant)))
+    assert "floor roc_auc" in failed(gate(project, standing(constant)))
 
 
 def test_decide_on_one_class_refuses_without_a_number(project: Project) -> None:
     path = project.root / "data" / "prepare" / "test.parquet"
     pd.read_parquet(path).assign(label=np.int8(1)).to_parquet(path)
     verdict = gate(project, side(project))
-    auc = next(rule for rule in verdict.rules if rule.rule == "ROC AUC")
+    auc = next(rule for rule in verdict.rules if rule.rule == "floor roc_auc")
     assert (auc.passed, auc.measured) == (False, None)
 
 
@@ -213,9 +228,11 @@ def test_judge_keeps_a_record_that_says_what_was_compared_with_what(
     assert (facts["test"]["rows"], facts["test"]["days"]) == (840, 14)
     assert (facts["test"]["start"][:10], facts["test"]["end"][:10]) == ("2013-02-16", "2013-03-01")
     assert (facts["trigger"]["kind"], facts["lock"]) == ("alert", registry.version(1).lock)
-    assert facts["params"]["confidence"] == 0.975
+    assert facts["params"]["rules"][-1] == {**DEFAULT_BETTER, "margin": 0.0, "confidence": 0.975}
+    assert facts["test"]["checked"] == {"challenger": "windows"}
     assert record.fetch(1, result["record_sha256"]) == facts
     assert registry.version(1).tags["ballast.verdict"] == "promote"
+    assert registry.version(1).tags["ballast.warnings"] == "0"
     assert registry.version(1).tags["ballast.record"] == result["record_sha256"]
     kept = State().decision(result["record_sha256"])
     assert kept is not None
@@ -258,12 +275,12 @@ def test_record_in_markdown_has_every_rule_in_its_table(project: Project) -> Non
     text = (project.root / "data" / "decide" / "record.md").read_text()
     assert text.startswith("# REFUSE: late v1 does not take the place that no model had yet\n")
     table = [line for line in text.splitlines() if line.startswith("| ") and line.count(" | ") == 4]
-    assert len(table) == 6
-    assert sum("**failed**" in line for line in table) == len(result["reasons"]) > 0
+    assert len(table) == 8
+    assert sum("**blocked**" in line for line in table) == len(result["reasons"]) > 0
 
 
 def test_record_text_with_a_bar_does_not_break_its_table() -> None:
-    rule = {"rule": "a|b", "measured": 1, "needed": None, "passed": True, "words": "c|d"}
+    rule = {"rule": "a|b", "severity": "block", "measured": 1, "needed": None, "passed": True, "words": "c|d"}
     line = record._rules({"rules": [rule]}).splitlines()[-1]
     assert line == "| a\\|b | 1 | – | passed | c\\|d |"
 
@@ -302,5 +319,5 @@ def test_fetch_of_a_record_of_another_version_or_form_says_so(project: Project) 
     digest = hashlib.sha256(other).hexdigest()
     (project.root / f"{digest}.json").write_bytes(other)
     registry.attach(second, project.root / f"{digest}.json", "decisions")
-    with pytest.raises(BallastError, match=r"is no ballast.decision/1"):
+    with pytest.raises(BallastError, match=r"is no ballast.decision/2"):
         record.fetch(second, digest)
