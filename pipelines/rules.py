@@ -195,8 +195,8 @@ class Better(Base):
 class Slices(Base):
     """No value of the named columns may have a log loss that is surely higher than the champion's by more than this.
 
-    Values with fewer rows than ``min_rows`` are judged together. Surely: at the confidence, by days; a slice that is
-    worse by chance does not block, and one that is worse by a little on a few rows may pass.
+    Values with fewer rows than ``min_rows`` are judged together. Surely: by days, and at the confidence for all slices
+    at once. So a slice that is worse by chance does not block, and one that is worse on few rows may pass.
     """
 
     rule: Literal["slices"]
@@ -216,13 +216,11 @@ class Slices(Base):
         if evidence.champion is None:
             return self._no_champion(rule, self.max_worse)
         rise, days = -evidence.gain(evidence.champion), evidence.days.to_numpy()
-        judged = {
-            name: _estimate(rise[mask], days[mask], self.confidence, evidence.seed)
-            for column in self.columns
-            for name, mask in _slices(evidence.test[column], self.min_rows)
-        }
-        if not judged:
+        masks = dict(part for column in self.columns for part in _slices(evidence.test[column], self.min_rows))
+        if not masks:
             return self._finding(rule, None, self.max_worse, True, f"no slice has {self.min_rows:,} rows")
+        each = 1 - (1 - self.confidence) / len(masks)  # by Bonferroni: of many slices, one looks bad by chance
+        judged = {name: _estimate(rise[mask], days[mask], each, evidence.seed) for name, mask in masks.items()}
         return self._judge(rule, judged)
 
     def _judge(self, rule: str, judged: Mapping[str, Estimate]) -> Finding:

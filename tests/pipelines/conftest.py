@@ -93,7 +93,9 @@ class Project:
         from pipelines import rows
         from pipelines.schema import Table
 
-        selected = rows.select(self.tables, None, sql, {name: Table.model_validate(one) for name, one in TABLES.items()})
+        selected = rows.select(
+            self.tables, None, sql, {name: Table.model_validate(one) for name, one in TABLES.items()}
+        )
         days = {"train": windows[:2], "validation": windows[1:], "test": (46, DAYS)}
         if learned:
             days["train"] = (windows[0], learned)

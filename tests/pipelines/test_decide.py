@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,15 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import SQL, Project, read
+from pydantic import ValidationError
 
 from pipelines import metrics, params, record, registry
 from pipelines.decide import DecideParams, Side, Verdict, decide
-from pipelines.errors import BallastError
+from pipelines.errors import BallastError, ParamsError, TryAgain
+from pipelines.files import sha256, write_json
 from pipelines.model import Model, load
-from pipelines.state import GENESIS, State
+from pipelines.promote import promote
+from pipelines.state import GENESIS, Decision, State
 
 DEFAULT_BETTER = {"rule": "better", "severity": "block", "metric": "log_loss"}
 
@@ -145,6 +149,66 @@ def test_decide_without_any_row_new_to_both_refuses(project: Project) -> None:
     assert verdict.summary == "REFUSE · no test row is new to both models (840 were trained on) · 3 of 4 rules"
 
 
+def test_decide_leaves_out_test_rows_whose_keys_the_challenger_was_trained_on(project: Project) -> None:
+    """Whatever its windows say."""
+    test = pd.read_parquet(project.root / "data" / "prepare" / "test.parquet")
+    verdict = gate(project, side(project), trained=[*test["key"][:100], "no test row"])
+    assert verdict.comparison is not None
+    assert (len(verdict.comparison.test), verdict.comparison.left_out, verdict.comparison.left_out_by_key) == (740,) + (
+        100,
+    ) * 2
+    assert not verdict.comparison.test["key"].isin(test["key"][:100]).any()
+
+
+def test_decide_leaves_out_test_rows_that_the_champion_knew_under_another_time(project: Project) -> None:
+    champion = side(project, 1, iterations=10, sql=SQL.replace(" time,", " time - INTERVAL 2 DAY AS time,"))
+    verdict = gate(project, side(project, 2), champion)
+    assert verdict.comparison is not None
+    assert (verdict.comparison.left_out, verdict.comparison.left_out_by_key) == (120, 120)
+    assert verdict.comparison.test["time"].min() == pd.Timestamp("2013-02-18", tz="UTC")
+
+
+def test_decide_while_the_registry_is_away_is_tried_again(project: Project) -> None:
+    """And does not refuse a challenger for it."""
+
+    def away() -> Model:
+        raise TryAgain("The MLflow server does not answer.")
+
+    with pytest.raises(TryAgain):
+        gate(project, side(project, 2), Side(1, "other", away))
+
+
+def test_decide_with_a_failed_rule_that_warns_promotes_with_a_warning(project: Project) -> None:
+    warn = {"floor": {"at_least": 0.95, "severity": "warn"}}
+    verdict = gate(project, side(project), rules=warn)
+    assert verdict.summary == "PROMOTE · first model · 7 of 8 rules · 1 warning"
+    assert (verdict.verdict, verdict.reasons, len(verdict.warnings)) == ("promote", ["first model"], 1)
+    verdict = gate(project, side(project), rules={**warn, "ceiling": {"at_most": 0.2}})
+    assert verdict.summary.startswith("REFUSE · log loss 0.")
+    assert (len(verdict.reasons), len(verdict.warnings)) == (1, 1)
+
+
+def test_decide_with_a_rule_on_a_column_that_is_no_feature_takes_it_from_the_sql(project: Project) -> None:
+    sql = SQL.replace(" x, c", " x, c, CASE WHEN id % 2 = 0 THEN 'even' ELSE 'odd' END AS parity")
+    rule = {"rule": "slices", "columns": ["parity"], "max_worse": 0.05, "min_rows": 100, "confidence": 0.975}
+    path = project.root / "params.yaml"
+    path.write_text(path.read_text() + f"    - {json.dumps(rule)}\n")
+    verdict = gate(project, side(project, 2, sql=sql), side(project, 1, iterations=10))
+    assert "none of 2 slices surely worse" in verdict.rules[-1].words
+    path.write_text(path.read_text().replace("parity", "partiy"))
+    with pytest.raises(ParamsError, match=r"`decide.rules.4` names `partiy`.*did you mean `parity`"):
+        gate(project, side(project, 2, sql=sql), side(project, 1, iterations=10))
+
+
+def test_decide_measures_latency_where_a_rule_asks(project: Project) -> None:
+    path = project.root / "params.yaml"
+    path.write_text(path.read_text() + "    - {rule: latency, max_seconds: 1.0e-9, severity: warn}\n")
+    (found,) = [one for one in gate(project, side(project)).rules if one.rule == "latency"]
+    assert isinstance(found.measured, float)
+    assert 0 < found.measured < 5
+    assert not found.passed
+
+
 def test_decide_scores_the_champion_through_its_own_preparation(project: Project) -> None:
     champion = side(project, 1, sql=SQL.replace("y AS label, x,", "y AS label, 3 - x / 2 AS x,"))
     verdict = gate(project, side(project, 2), champion)
@@ -240,8 +304,6 @@ def test_judge_keeps_a_record_that_says_what_was_compared_with_what(
 
 
 def test_judge_against_a_champion_names_it_and_the_head_of_the_ledger(project: Project) -> None:
-    from pipelines.promote import promote
-
     first = project.train(iterations=10)
     project.register()
     made = project.decide()
@@ -257,8 +319,6 @@ def test_judge_against_a_champion_names_it_and_the_head_of_the_ledger(project: P
 
 
 def test_judge_of_the_champion_itself_leaves_it_the_tags_of_its_promotion(project: Project) -> None:
-    from pipelines.promote import promote
-
     project.train()
     project.register()
     made = project.decide()
@@ -283,6 +343,70 @@ def test_record_text_with_a_bar_does_not_break_its_table() -> None:
     rule = {"rule": "a|b", "severity": "block", "measured": 1, "needed": None, "passed": True, "words": "c|d"}
     line = record._rules({"rules": [rule]}).splitlines()[-1]
     assert line == "| a\\|b | 1 | – | passed | c\\|d |"
+
+
+def test_record_with_a_warning_shows_it_as_such(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = project.root / "params.yaml"
+    path.write_text(path.read_text().replace("at_least: 0.6", "at_least: 0.95, severity: warn"))
+    alert = {"kind": "alert", "reason": "it fell", "alert": {"fingerprint": "f1"}, "by": None}
+    monkeypatch.setenv("BALLAST_TRIGGER", json.dumps(alert))
+    project.train()
+    project.register()
+    made = project.decide()
+    assert (made["verdict"], len(made["warnings"])) == ("promote", 1)
+    assert registry.version(1).tags["ballast.warnings"] == "1"
+    text = (project.root / "data" / "decide" / "record.md").read_text()
+    assert f"Warnings, which alone refuse nothing:\n\n- {made['warnings'][0]}\n" in text
+    assert text.count("**warned**") == 1 and "**blocked**" not in text
+    assert '- asked by: alert · it fell · alert {"fingerprint": "f1"}\n' in text
+
+
+def test_record_schema_is_the_published_one(project: Project) -> None:
+    from jsonschema import Draft202012Validator
+
+    published = read(Path(__file__).parents[2] / "docs" / "decision-record.schema.json")
+    assert published == record.Record.model_json_schema(), (
+        "python -m pipelines.record > docs/decision-record.schema.json"
+    )
+    project.train(iterations=10)
+    for _ in range(2):
+        made = project.register() and project.decide()
+        facts = read(project.root / "data" / "decide" / "record.json")
+        Draft202012Validator(published).validate(facts)
+        if made["verdict"] == "promote":
+            promote(made["version"], made["record_sha256"], State())
+    assert facts["verdict"] == "refuse"
+    with pytest.raises(ValidationError, match="verdict"):
+        record.keep(project.root / "data" / "decide", {**facts, "verdict": "perhaps"})
+
+
+def test_record_of_the_first_form_is_still_read_and_promoted(project: Project) -> None:
+    """What a Ballast before the policy wrote: no severity, no warnings, no keys."""
+    version = project.bare_version("a")
+    project.decided(version, "a")
+    facts = read(project.root / "data" / "decide" / "record.json")
+    del facts["warnings"], facts["rules"][0]["severity"]
+    test = {
+        "rows": 9,
+        "days": 7,
+        "start": "2013-02-16",
+        "end": "2013-03-01",
+        "left_out": 0,
+        "unmatched": 0,
+        "sha256": "ab",
+    }
+    facts |= {"schema": "ballast.decision/1", "test": test}
+    write_json(project.root / "old.json", facts)
+    digest = sha256(project.root / "old.json")
+    (project.root / "old.json").rename(project.root / f"{digest}.json")
+    registry.attach(version, project.root / f"{digest}.json", record.FOLDER)
+    State().remember(Decision(digest, version, "promote", facts["summary"], "2013-03-02", facts["decided_at"]))
+    found = record.fetch(version, digest)
+    record.Record.model_validate(found)
+    assert (found["rules"][0]["severity"], found["warnings"]) == ("block", [])
+    assert found["test"]["checked"] == {"challenger": "windows"}
+    assert "checked by windows for the challenger" in record.markdown(found)
+    assert promote(version, digest, State())["moved"]
 
 
 def test_rows_hash_follows_keys_labels_and_order() -> None:

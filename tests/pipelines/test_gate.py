@@ -42,7 +42,7 @@ decide:
     - {rule: ceiling, metric: log_loss, at_most: 0.69, or_champion: true}
     - {rule: calibration, max_error: 0.11}
     - {rule: slices, columns: [c], max_worse: 0.03, min_rows: 100, confidence: 0.975}
-    - {rule: fairness, column: c, min_rows: 50, selection_rate: 0.15, false_positive_rate: 0.15, false_negative_rate: 0.15}
+    - {rule: fairness, column: c, min_rows: 50, selection_rate: 0.15, false_positive_rate: 0.15}
     - {rule: too_good, max_gain: 0.2, max_auc: 0.97}
     - {rule: freshness, max_days: 21}
     - {rule: size, max_mb: 8}
@@ -269,7 +269,9 @@ def of_another_version(project: Project) -> tuple[int, str]:
     [
         pytest.param(moved_meanwhile, "Run decide again", id="champion moved meanwhile -> ledger head"),
         pytest.param(forged, "the record is forged", id="record forged -> decision unknown"),
-        pytest.param(of_another_version, "is of v2, not of v3", id="record of another version -> version of the record"),
+        pytest.param(
+            of_another_version, "is of v2, not of v3", id="record of another version -> version of the record"
+        ),
     ],
 )
 def test_promote_refuses(fresh: Project, attempt: Callable[[Project], tuple[int, str]], said: str) -> None:

@@ -321,6 +321,26 @@ def test_load_folder_that_differs_from_its_manifest_is_refused(
         model.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "helper.pkl").write_bytes(b""), "no model of ours: helper.pkl"),
+        (lambda folder: (folder / "prepare.sql").unlink(), "no model of ours: prepare.sql"),
+        (lambda folder: (folder / "schema.json").write_text('{"kind": "another"}'), "model.skops, weights missing"),
+    ],
+)
+def test_load_files_that_make_no_model_are_refused_though_the_manifest_has_them(
+    hgb_folder: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    folder = Path(shutil.copytree(hgb_folder, tmp_path / "model"))
+    change(folder)
+    (folder / "manifest.json").unlink()
+    hashes = {file.name: sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    write_json(folder / "manifest.json", {"files": hashes})
+    with pytest.raises(BallastError, match=message):
+        model.load(folder)
+
+
 def test_digest_equal_models_in_two_folders_is_equal(
     tabm_folder: Path, net: network.Network, transform: Transform, tmp_path: Path
 ) -> None:

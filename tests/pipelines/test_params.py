@@ -60,7 +60,9 @@ def test_load_section_of_defaults_may_be_empty_braces(path: Path) -> None:
         ),
         ("{seed: one}", "`train.seed`: Input should be a valid integer, .* (found 'one')"),
         ("{seed: 1, device: gpu}", "`train.device`: Input should be 'auto' or 'cpu' (found 'gpu')"),
+        ("{seed: 1, device: cqu}", "(found 'cqu'); did you mean `cpu`?"),
         ("{device: cpu}", "`train.seed`: Field required"),
+        ("{seed: 1, network: [" + "1, " * 200 + "1]}", "1, 1, …)"),
         ("[1]", "`train`: "),
     ],
 )
