@@ -123,7 +123,7 @@ def widening(days: int, confidence: float) -> float:
 
     The spread of n resampled days is short by sqrt((n - 1) / n), and its quantiles are those of a normal
     distribution where Student's t of n - 1 degrees is called for: at 97.5 % and 14 days, 1.14; at 7 days, 1.35.
-    Without it nearly twice the promised share would pass by luck (docs/adr/0006). After the expanded percentile
+    Without it nearly twice the promised share would pass by luck (docs/adr/0007). After the expanded percentile
     interval of Hesterberg, "What Teachers Should Know About the Bootstrap" (2015).
     """
     from scipy.special import ndtri, stdtrit

@@ -178,7 +178,10 @@ def _rules(facts: Mapping[str, Any]) -> str:
     for rule in facts["rules"]:
         cells = (rule["rule"], _cell(rule["measured"]), _cell(rule["needed"]), _outcome(rule), rule["words"])
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
-    return "## The rules\n\n" + "\n".join(lines)
+    bounds = (
+        "Of `better` and `slices`, measured is the bound that is sure; the words say the mean ± its standard error."
+    )
+    return "## The rules\n\n" + "\n".join(lines) + f"\n\n{bounds}"
 
 
 def _outcome(rule: Mapping[str, Any]) -> str:

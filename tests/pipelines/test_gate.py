@@ -298,3 +298,11 @@ def shifted(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of another season: more ones than before."""
     late = np.random.default_rng(1).random(len(rows)) < 0.35
     return rows.assign(y=rows["y"].where(~late, 1))
+
+
+def test_page_of_the_gate_has_this_table() -> None:
+    lines = (Path(__file__).parents[2] / "docs" / "gate.md").read_text().splitlines()
+    for bad in BAD:
+        (line,) = [line for line in lines if line.startswith(f"| {bad.name}")]
+        assert f"| `{bad.rule}`" in line
+        assert all(rule.split()[0] in line for rule in bad.also)

@@ -307,6 +307,18 @@ def test_shipped_rules_are_all_kinds_that_make_sense_for_flights() -> None:
     assert all(set(rule.reads) <= set(features) for rule in shipped.rules)
 
 
+def test_page_of_the_gate_shows_every_kind_and_field() -> None:
+    page = Path("docs/gate.md").read_text()
+    example = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    Policy.model_validate(example)
+    shown = {rule["rule"]: rule for rule in example["rules"]}
+    for kind in get_args(get_args(AnyRule)[0]):
+        name = get_args(kind.model_fields["rule"].annotation)[0]
+        missing = set(kind.model_fields) - set(shown[name]) - {"severity"}
+        assert name == "better" or not {field for field in missing if f"`{field}`" not in page}, name
+    assert all(f"`{metric}`" in page for metric in get_args(Metric))
+
+
 def test_rules_import_nothing_heavy() -> None:
     code = "import sys, pipelines.rules; print(*{'pandas', 'sklearn', 'fairlearn', 'mlflow'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
