@@ -204,3 +204,23 @@ def test_bootstrap_by_day_unusable_input_is_refused(values, days, fact):
 
 def _triples(days: list[list[float]]) -> list[list[list[float]]]:
     return [[first, second, third] for first in days for second in days for third in days]
+
+
+def test_mean_by_day_gives_the_bootstraps_bound_widened() -> None:
+    random = np.random.default_rng(0)
+    values, days = random.normal(size=900), np.repeat(np.arange(9), 100)
+    found = metrics.mean_by_day(values, days, 0.975, seed=4)
+    draws = metrics.bootstrap_by_day(values, days, seed=4)
+    assert (found.mean, found.spread, found.days) == (pytest.approx(values.mean()), draws.std(), 9)
+    below = found.mean - np.quantile(draws, 0.025)
+    assert found.lower == pytest.approx(found.mean - metrics.widening(9, 0.975) * below)
+
+
+def test_mean_by_day_of_one_day_is_sure_of_nothing() -> None:
+    assert metrics.mean_by_day([1.0, 1.0], ["a", "a"], 0.975, seed=1).lower == -np.inf
+
+
+@pytest.mark.parametrize(("days", "factor"), [(2, 9.168), (7, 1.3485), (14, 1.1439), (10_000, 1.0001)])
+def test_widening_follows_students_t(days: int, factor: float) -> None:
+    """By scipy.stats: t.ppf(0.975, n - 1) / norm.ppf(0.975) * sqrt(n / (n - 1))."""
+    assert metrics.widening(days, 0.975) == pytest.approx(factor, abs=2e-4)
