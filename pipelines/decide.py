@@ -337,9 +337,8 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     facts = _facts(verdict, challenger, champion, ledger, gate, as_of, bool(trained))
     digest = record.keep(out, facts)
     version = registry.version(challenger.version)
-    state.remember(
-        Decision(digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
-    )
+    made = (digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
+    state.remember(Decision(*made, data=provenance.data()))
     return {
         "summary": verdict.summary,
         "verdict": verdict.verdict,

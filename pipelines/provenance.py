@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipelines.errors import BallastError
 from pipelines.files import sha256
 
@@ -52,6 +54,14 @@ def data_lock() -> str:
     """The SHA-256 of dvc.lock: every hash of data, settings and code of this workspace; empty without one."""
     lock = Path("dvc.lock")
     return sha256(lock) if lock.exists() else ""
+
+
+def data() -> str | None:
+    """The hash that dvc.lock has of the ingested tables: equal ones mean the same data. None if it has none."""
+    lock = Path("dvc.lock")
+    stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {}) if lock.exists() else {}
+    outs = {out["path"]: out.get("md5") for out in stages.get("ingest", {}).get("outs", [])}
+    return outs.get("data/ingest/tables")
 
 
 def _git(*arguments: str) -> str | None:

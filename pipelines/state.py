@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
@@ -40,7 +40,7 @@ from pipelines import places
 from pipelines.errors import BallastError, Conflict, TryAgain, exit_with
 from pipelines.files import canonical_json
 
-SCHEMA = 1
+SCHEMA = 2
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 
@@ -58,7 +58,7 @@ _ledger = Table(
     Column("as_of", Text),
     Column("kind", Text, nullable=False),
     Column("from_version", Integer),
-    Column("to_version", Integer, nullable=False),
+    Column("to_version", Integer),
     Column("reason", Text, nullable=False),
     Column("actor", Text, nullable=False),
     Column("record_sha256", String(64)),
@@ -72,6 +72,7 @@ _decisions = Table(
     Column("summary", Text, nullable=False),
     Column("as_of", Text, nullable=False),
     Column("decided_at", Text, nullable=False),
+    Column("data", Text),
 )
 _settings = Table("settings", metadata, Column("name", String(64), primary_key=True), Column("value", Text))
 
@@ -108,10 +109,11 @@ class Decision:
     summary: str
     as_of: str
     decided_at: str
+    data: str | None = None  # provenance.data() of what it was judged on; None where that is not known
 
 
 class State:
-    """The state store at ``uri``, made on first use. Raises BallastError if it is newer than this code."""
+    """The state store at ``uri``, made on first use, an older one brought forward. BallastError at a newer one."""
 
     def __init__(self, uri: str | None = None) -> None:
         self._engine = _engine(uri or places.state_uri())
@@ -243,6 +245,8 @@ class State:
                 f"The state store has schema {found}, and this Ballast knows no newer than {SCHEMA}. "
                 "Use a Ballast at least as new as the one that wrote it; nothing was changed."
             )
+        elif found < SCHEMA:
+            self._migrate()
 
     def _schema_version(self) -> int | None:
         with self._begin() as connection:
@@ -261,6 +265,15 @@ class State:
                 connection.execute(insert(_schema), {"version": SCHEMA})
         except IntegrityError:
             self._make_sure()
+
+    def _migrate(self) -> None:
+        """Bring an older store forward in one transaction: killed before its end, the store is as it was."""
+        with self._begin() as connection:
+            connection.exec_driver_sql(_EXCLUSIVELY[self._engine.dialect.name])
+            found = connection.scalar(select(_schema.c.version).order_by(_schema.c.version.desc())) or SCHEMA
+            for version in range(found, SCHEMA):  # none, if another process was first
+                _MIGRATIONS[version](connection)
+                connection.execute(insert(_schema), {"version": version + 1})
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -288,6 +301,26 @@ def champions(ledger: list[Entry]) -> list[int]:
 def today() -> date:
     """The date of the clock: the example's own while it is set, else the wall clock's, UTC."""
     return State().clock() or datetime.now(UTC).date()
+
+
+# One migration at a time, and nobody writes meanwhile. (SQLite's driver begins no transaction for DDL by itself.)
+_EXCLUSIVELY = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE ballast_schema IN EXCLUSIVE MODE"}
+
+
+def _to_2(connection: Connection) -> None:
+    """An entry may stand that moves no champion while there is none; a decision keeps which data it was made on."""
+    connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN data TEXT")
+    if connection.dialect.name != "sqlite":
+        connection.exec_driver_sql("ALTER TABLE ledger ALTER COLUMN to_version DROP NOT NULL")
+        return
+    columns = ", ".join(column.name for column in _ledger.columns)  # SQLite drops no constraint: the table is copied
+    connection.exec_driver_sql("ALTER TABLE ledger RENAME TO ledger_1")
+    connection.execute(CreateTable(_ledger))
+    connection.exec_driver_sql(f"INSERT INTO ledger ({columns}) SELECT {columns} FROM ledger_1")
+    connection.exec_driver_sql("DROP TABLE ledger_1")
+
+
+_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2}
 
 
 def _faults(entry: Entry, before: Entry | None) -> list[str]:

@@ -280,10 +280,14 @@ def test_judge_keeps_a_record_that_says_what_was_compared_with_what(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BALLAST_TRIGGER", '{"kind": "alert", "reason": "the loss is high | low"}')
-    (project.root / "dvc.lock").write_text("lock")
+    lock = (
+        "stages: {ingest: {outs: [{path: data/ingest/tables, md5: 5e.dir}, {path: data/ingest/result.json, md5: 1}]}}"
+    )
+    (project.root / "dvc.lock").write_text(lock)
     digest = project.train()
     project.register()
     result = project.decide()
+    assert State().decisions()[-1].data == "5e.dir"
     out = project.root / "data" / "decide"
     facts = read(out / "record.json")
     assert result["record_sha256"] == hashlib.sha256((out / "record.json").read_bytes()).hexdigest()

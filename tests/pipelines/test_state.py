@@ -10,9 +10,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Connection
 
 from pipelines.errors import BallastError, Conflict
-from pipelines.state import GENESIS, SCHEMA, Decision, State, champions, today
+from pipelines.state import _MIGRATIONS, GENESIS, SCHEMA, Decision, State, champions, today
 
 
 @pytest.fixture
@@ -167,6 +168,63 @@ def test_state_written_by_newer_code_is_refused_unchanged(state: State, tmp_path
     tamper(tmp_path, f"UPDATE ballast_schema SET version = {SCHEMA + 1}")
     with pytest.raises(BallastError, match=f"schema {SCHEMA + 1}, and this Ballast knows no newer than {SCHEMA}"):
         State()
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> str:
+    """A store that an older Ballast made and used."""
+    with closing(sqlite3.connect(tmp_path / "state.db")) as connection:
+        connection.executescript((Path(__file__).parent / "state_1.sql").read_text())
+    return uri(tmp_path)
+
+
+def dump(folder: Path) -> list[str]:
+    with closing(sqlite3.connect(folder / "state.db")) as connection:
+        return list(connection.iterdump())
+
+
+def test_state_of_an_older_schema_is_brought_forward_with_all_it_held(old: str, tmp_path: Path) -> None:
+    state = State(old)
+    assert [(entry.kind, entry.from_version, entry.to_version) for entry in state.ledger()] == [
+        ("promote", None, 1),
+        ("promote", 1, 3),
+        ("rollback", 3, 1),
+    ]
+    assert (state.verify(), state.champion(), state.clock()) == ([], 1, date(2013, 5, 1))
+    assert [(made.version, made.verdict, made.data) for made in state.decisions()] == [
+        (1, "promote", None),
+        (2, "refuse", None),
+    ]
+    state.remember(Decision("d" * 64, 4, "refuse", "", "2013-06-01", "2026-11-03", data="5e.dir"))
+    add(state, ("promote", 4))
+    assert (State(old).decisions()[-1].data, State(old).verify()) == ("5e.dir", [])
+    tamper(tmp_path, "UPDATE ledger SET to_version = NULL WHERE seq = 4")  # as a new store lets an entry be
+    fork = "INSERT INTO ledger SELECT 9, prev_hash, 'x', at, as_of, kind, 1, 1, reason, actor, '' FROM ledger"
+    with pytest.raises(sqlite3.IntegrityError, match=r"ledger.prev_hash"):
+        tamper(tmp_path, fork + " WHERE seq = 4")
+
+
+def test_state_whose_migration_breaks_off_is_as_it_was(
+    old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, to_2 = dump(tmp_path), _MIGRATIONS[1]
+
+    def breaks_off(connection: Connection) -> None:
+        to_2(connection)
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(_MIGRATIONS, 1, breaks_off)
+    with pytest.raises(KeyboardInterrupt):
+        State(old)
+    assert dump(tmp_path) == before
+    monkeypatch.undo()
+    assert State(old).champion() == 1
+
+
+def test_state_migrated_by_four_processes_at_once_is_whole(old: str) -> None:
+    with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
+        won = list(pool.map(race, [(old, version) for version in range(5, 9)]))
+    assert (State(old).verify(), len(State(old).ledger())) == ([], 3 + sum(map(sum, won)))
 
 
 def test_state_half_made_by_a_killed_process_is_completed(state: State, tmp_path: Path) -> None:
