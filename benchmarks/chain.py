@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pipelines import embedded
-from pipelines.state import State
+from pipelines.state import State, moves
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    ledger = State().ledger()
+    ledger = moves(State().ledger())
     if not ledger:
         sys.exit("There is no champion yet: `make run` first.")
     found = sorted((cached_run(number, ledger[-1].as_of or "") for number in range(rounds)), key=lambda pair: pair[0])

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from pipelines import registry
-from pipelines.state import State, champions
+from pipelines.state import GENESIS, State, champions, head_of
 
 
 def project(state: State) -> None:
     """Set the aliases to what the ledger says; look again if it moved meanwhile, so that the last word is shown."""
-    shown = None
-    while (ledger := state.ledger()) and ledger[-1].hash != shown:
+    shown = GENESIS
+    while (head := head_of(ledger := state.ledger())) != shown:
         standing = champions(ledger)
         registry.project(standing[-1], standing[-2] if len(standing) > 1 else None)
-        shown = ledger[-1].hash
-        state.set_projected(shown)
+        state.set_projected(shown := head)
 
 
 def behind(state: State) -> bool:
-    """Whether the aliases were not set after the last entry: the process that wrote it was killed in between."""
-    ledger = state.ledger()
-    return bool(ledger) and state.projected() != ledger[-1].hash
+    """Whether the aliases were not set after the last move: the process that wrote it was killed in between."""
+    return (head := state.head()) != GENESIS and state.projected() != head
 
 
 def moved_by_hand(state: State) -> str | None:

@@ -1,4 +1,4 @@
-"""The command ``ballast``: what serves and why, the ledger, one version explained, the way back, better settings.
+"""The command ``ballast``: what serves and why, the ledger, one version explained, what people may do, better settings.
 
 Everything heavy is imported by the command that needs it: ``--help`` answers at once.
 """
@@ -42,8 +42,9 @@ def status(
     as_json: AsJson = False,
     repair: Annotated[bool, typer.Option(help="Set aliases that were moved by hand to what the ledger says.")] = False,
 ) -> None:
-    """The champion, since when and why; the last verdicts; what is up."""
-    from pipelines.state import State
+    """The champion, since when and why; whether promotion is frozen; the last verdicts; what is up."""
+    from pipelines.freeze import shown
+    from pipelines.state import State, frozen
 
     state = State()
     registry = _registry(state, repair)
@@ -51,6 +52,7 @@ def status(
     found = {
         "champion": _champion(ledger),
         "previous": state.previous_champion(),
+        "frozen": shown(frozen(ledger)),
         "decisions": [_public(decision) for decision in state.decisions()[-LAST_DECISIONS:][::-1]],
         "ledger": {"entries": len(ledger), "problems": problems},
         "registry": registry,
@@ -76,9 +78,11 @@ def _registry(state: State, repair: bool) -> dict[str, Any]:
 
 
 def _champion(ledger: list[Entry]) -> dict[str, Any] | None:
-    if not ledger:
+    from pipelines.state import moves
+
+    if not (moved := moves(ledger)):
         return None
-    last = ledger[-1]
+    last = moved[-1]
     return {
         "version": last.to_version,
         "since": last.at,
@@ -129,6 +133,7 @@ def _show_status(found: dict[str, Any]) -> None:
         _line(out, "previous", f"v{found['previous']}" if found["previous"] else "none")
     else:
         _line(out, "champion", "none yet")
+    _show_freeze(out, found["frozen"])
     for number, decision in enumerate(found["decisions"]):
         said = f"v{decision['version']} as of {decision['as_of']}: {_plain(decision['summary'])}"
         _line(out, "" if number else "verdicts", said)
@@ -152,6 +157,12 @@ def _show_status(found: dict[str, Any]) -> None:
         for name, is_up in found["services"].items()
     ]
     _line(out, "services", " · ".join(up))
+
+
+def _show_freeze(out: Console, frozen: dict[str, Any] | None) -> None:
+    if frozen:
+        since = f"{_plain(frozen['reason'])}, by {_plain(frozen['actor'])}, since {_when(frozen['since'])}"
+        _line(out, "[bold red]FROZEN[/bold red]     ", f"{since}. Lift it: ballast unfreeze --reason TEXT")
 
 
 _NAMES = {"airflow": "Airflow", "mlflow": "MLflow"}
@@ -187,12 +198,14 @@ def history(as_json: AsJson = False) -> None:
 
 
 def _show_history(ledger: list[Entry], problems: list[str], registry: dict[str, Any]) -> None:
+    from pipelines.state import MOVES
+
     out = _console()
     if not ledger and not problems:
         out.print("The ledger is empty: no model was promoted yet.")
     for entry in ledger:
         before = f"v{entry.from_version}" if entry.from_version else "none"
-        moved = f"{before} → v{entry.to_version}"
+        moved = f"{before} → v{entry.to_version}" if entry.kind in MOVES else before
         about = f"{_plain(entry.reason)}  [dim]{_plain(entry.actor)}[/dim]"
         out.print(f"{entry.seq:>3}  {_when(entry.at)}  as of {entry.as_of}  {entry.kind:<8}  {moved:<10}  {about}")
     for problem in problems:
@@ -223,6 +236,7 @@ def _show_version(found: dict[str, Any]) -> None:
         _line(out, "" if number else "served", _served_words(time))
     if not found["served"]:
         _line(out, "served", "never")
+    _show_freeze(out, found["frozen"])
     for decision in found["decisions"]:
         _show_decision(out, decision)
     if not found["decisions"]:
@@ -260,25 +274,62 @@ def _show_decision(out: Console, decision: dict[str, Any]) -> None:
         _line(out, "", f"{mark}  {_plain(rule['rule'])}: {_plain(rule['words'])}")
 
 
-# --- rollback
+# --- promote, freeze, rollback
+
+
+Reason = Annotated[str, typer.Option(help="Why; it stays in the ledger.")]
+
+
+@app.command(epilog="Example: ballast promote 3")
+def promote(
+    version: Annotated[int, typer.Argument(help="The number of a registered version.")], as_json: AsJson = False
+) -> None:
+    """Make a version champion on the gate's newest decision on it. Exit code 1 if it is held."""
+    from pipelines.promote import promote_newest
+    from pipelines.state import State
+
+    found = promote_newest(version, State())
+    _print_json(found) if as_json else typer.echo(found["summary"])
+    if found["verdict"] == "held":
+        raise typer.Exit(1)
+
+
+@app.command(epilog='Example: ballast freeze --reason "the peak season: no new model until January"')
+def freeze(reason: Reason, as_json: AsJson = False) -> None:
+    """Stop automatic promotion: retraining goes on, and what passes the gate waits. A rollback is still possible."""
+    from pipelines import freeze as freezing
+    from pipelines.state import State
+
+    found = freezing.freeze(State(), reason)
+    _print_json(found) if as_json else typer.echo(found["summary"])
+
+
+@app.command(epilog='Example: ballast unfreeze --reason "the season is over"')
+def unfreeze(reason: Reason, as_json: AsJson = False) -> None:
+    """Let versions be promoted again."""
+    from pipelines import freeze as freezing
+    from pipelines.state import State
+
+    found = freezing.unfreeze(State(), reason)
+    _print_json(found) if as_json else typer.echo(found["summary"])
 
 
 @app.command(epilog='Example: ballast rollback --reason "complaints from the control room"')
 def rollback(
-    reason: Annotated[str, typer.Option(help="Why; it stays in the ledger.")],
+    reason: Reason,
     to: Annotated[int | None, typer.Option(help="A version that was champion once; else the champion before.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Back to the champion before. Asks once."""
     from pipelines import rollback as back
-    from pipelines.state import State
+    from pipelines.state import State, head_of
 
     state = State()
     ledger = state.ledger()
     goal = back.target(ledger, to)
     if not yes:
         typer.confirm(f"The champion is v{ledger[-1].to_version}. Go back to v{goal}?", abort=True)
-    typer.echo(back.rollback(state, reason, goal, head=ledger[-1].hash)["summary"])
+    typer.echo(back.rollback(state, reason, goal, head=head_of(ledger))["summary"])
 
 
 # --- tune

@@ -27,7 +27,7 @@ from pipelines.files import read_json
 from pipelines.params import Params
 from pipelines.record import Finding
 from pipelines.rules import AnyRule, Evidence, Scored
-from pipelines.state import GENESIS, Decision, Entry, State
+from pipelines.state import Decision, Entry, State, champions, freeze_words, frozen, head_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -331,7 +331,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     state, found = State(), read_json(registered)
     ledger = state.ledger()
     gate = params.load(settings, "decide", DecideParams)
-    challenger, champion = _side(found["version"]), _side(ledger[-1].to_version) if ledger else None
+    challenger, champion = _side(found["version"]), next(map(_side, champions(ledger)[-1:]), None)
     as_of, trained = params.as_of(settings), _trained_keys(test.parent)
     verdict = decide(challenger, champion, rows.read(test), tables, quarantine, gate, as_of, trained)
     facts = _facts(verdict, challenger, champion, ledger, gate, as_of, bool(trained))
@@ -339,8 +339,9 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     version = registry.version(challenger.version)
     made = (digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
     state.remember(Decision(*made, data=provenance.data()))
+    freeze = frozen(ledger)
     return {
-        "summary": verdict.summary,
+        "summary": verdict.summary + (f" · {freeze_words(freeze)}" if freeze else ""),
         "verdict": verdict.verdict,
         "reasons": verdict.reasons,
         "warnings": verdict.warnings,
@@ -389,7 +390,7 @@ def _facts(
         "champion": {
             "version": champion.version if champion else None,
             "digest": champion.digest if champion else None,
-            "ledger_head": ledger[-1].hash if ledger else GENESIS,
+            "ledger_head": head_of(ledger),
         },
         "as_of": as_of.isoformat(),
         "test": _test(found, keys_known) if found else None,

@@ -4,7 +4,8 @@
     ├── ParamsError         1   params.yaml is wrong
     ├── DataRejected       65   the data was rejected: upstream must change, a retry cannot help
     ├── TryAgain           75   a server is away, a lock is held: the same call may work later
-    └── Conflict            1   someone else won: the ledger or the champion has moved
+    ├── Conflict            1   someone else won: the ledger or the champion has moved
+    └── Held                1   people have stopped it: a result where nobody but a machine asked
 
 Every message gives the fact, the value found and the remedy.
 """
@@ -44,6 +45,10 @@ class TryAgain(BallastError):
 
 class Conflict(BallastError):
     """Another writer was first; what was read before no longer holds."""
+
+
+class Held(BallastError):
+    """A person's word stands against it."""
 
 
 def exit_with(main: Callable[[], object]) -> NoReturn:

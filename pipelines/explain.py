@@ -6,15 +6,15 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipelines import record, registry, tracking
+from pipelines import freeze, record, registry, tracking
 from pipelines.errors import BallastError
-from pipelines.state import Entry, State
+from pipelines.state import Entry, State, frozen, moves
 
 
 def explain(number: int, state: State) -> dict[str, Any]:
     """All that the registry, the gate and the ledger know of version ``number``."""
     version = registry.version(number)
-    run, tags = tracking.run_data(version.run_id), version.tags
+    run, tags, ledger = tracking.run_data(version.run_id), version.tags, state.ledger()
     return {
         "model": registry.name(),
         "version": number,
@@ -22,7 +22,8 @@ def explain(number: int, state: State) -> dict[str, Any]:
         "kind": tags.get("ballast.kind"),
         "registered_at": version.created_at.isoformat(),
         "champion": state.champion() == number,
-        "served": served(number, state.ledger()),
+        "served": served(number, ledger),
+        "frozen": freeze.shown(frozen(ledger)),
         "decisions": _decisions(number, state),
         "data": {
             "as_of": tags.get("ballast.as_of"),
@@ -40,7 +41,8 @@ def explain(number: int, state: State) -> dict[str, Any]:
 def served(number: int, ledger: list[Entry]) -> list[dict[str, Any]]:
     """The times that a version was champion: from when to when, why, and which version came after."""
     times = []
-    for entry, after in zip(ledger, [*ledger[1:], None], strict=True):
+    moved = moves(ledger)
+    for entry, after in zip(moved, [*moved[1:], None], strict=True):
         if entry.to_version == number:
             times.append(
                 {

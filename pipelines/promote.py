@@ -1,5 +1,7 @@
 """Promote: make a version the champion, on a decision record that still holds. There is no other way in.
 
+While promotion is frozen it is held: a result, not a failure, as the gate's refusal is one.
+
 The ledger first, then the aliases: killed in between, running it again (or ``ballast status``) completes it.
 """
 
@@ -11,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import champion, provenance, record, registry, stage
-from pipelines.errors import BallastError, Conflict, exit_with
-from pipelines.state import Entry, State
+from pipelines.errors import BallastError, Conflict, Held, exit_with
+from pipelines.state import Entry, State, moves
 
 
 def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
@@ -22,19 +24,36 @@ def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     the champion has moved since the decision.
     """
     facts = _holding(version, record_sha256, state)
-    ledger = state.ledger()
-    done = bool(ledger) and ledger[-1].record_sha256 == record_sha256
-    entry = ledger[-1] if done else _append(facts, record_sha256, state, ledger)
+    moved = moves(state.ledger())
+    done = bool(moved) and moved[-1].record_sha256 == record_sha256
+    try:
+        entry = moved[-1] if done else _append(facts, record_sha256, state, moved)
+    except Held as held:
+        return _held(version, state.champion(), str(held))
     champion.project(state)
     before = f"v{entry.from_version}" if entry.from_version else "none"
     return {
         "summary": f"champion: {before} → v{version}" + (" · already so" if done else ""),
+        "verdict": "promoted",
         "model": registry.name(),
         "version": version,
         "from": entry.from_version,
         "to": version,
         "moved": not done,
     }
+
+
+def promote_newest(version: int, state: State) -> dict[str, Any]:
+    """Promote ``version`` on the newest decision of the gate on it, as a person asks for it who has no hash at hand."""
+    made = [decision for decision in state.decisions() if decision.version == version]
+    if not made:
+        raise BallastError(f"The gate has made no decision on v{version}. `ballast status` shows the last ones.")
+    return promote(version, made[-1].record_sha256, state)
+
+
+def _held(version: int, now: int | None, why: str) -> dict[str, Any]:
+    place = {"model": registry.name(), "version": version, "from": now, "to": now}
+    return {"summary": why, "verdict": "held", **place, "moved": False}
 
 
 def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
@@ -54,13 +73,13 @@ def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     return facts
 
 
-def _append(facts: dict[str, Any], record_sha256: str, state: State, ledger: list[Entry]) -> Entry:
+def _append(facts: dict[str, Any], record_sha256: str, state: State, moved: list[Entry]) -> Entry:
     """Write the ledger's entry, on the head that the decision saw."""
-    if any(entry.record_sha256 == record_sha256 for entry in ledger):
+    if any(entry.record_sha256 == record_sha256 for entry in moved):
         raise Conflict(
             f"v{facts['version']} was promoted by this record, and has been replaced since. Run decide again."
         )
-    seen, now = facts["champion"], ledger[-1].to_version if ledger else None
+    seen = facts["champion"]
     try:
         return state.append(
             "promote",
@@ -74,7 +93,7 @@ def _append(facts: dict[str, Any], record_sha256: str, state: State, ledger: lis
     except Conflict:
         raise Conflict(
             f"v{facts['version']} was compared with {_name(seen['version'])}, and since then the champion has moved "
-            f"(it is {_name(now)}). Run decide again: it compares with the champion of today."
+            f"(it is {_name(state.champion())}). Run decide again: it compares with the champion of today."
         ) from None
 
 

@@ -28,6 +28,13 @@ def in_dag_run() -> bool:
     return bool(os.environ.get("BALLAST_RUN"))
 
 
+def stated(reason: str, what: str) -> str:
+    """The reason that a person gives for something that stays in the ledger; raise BallastError if it is blank."""
+    if not reason.strip():
+        raise BallastError(f"{what} needs a reason: it stays in the ledger. Pass --reason TEXT.")
+    return reason.strip()
+
+
 def trigger() -> dict[str, Any]:
     """Who or what asked (``BALLAST_TRIGGER``): its kind, its reason, and what came with it."""
     text = os.environ.get("BALLAST_TRIGGER")

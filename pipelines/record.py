@@ -47,7 +47,7 @@ class Champion(_Part):
 
     version: int | None = Field(description="None if there was none.")
     digest: str | None
-    ledger_head: str = Field(description="The hash of the ledger's last entry when the gate decided.")
+    ledger_head: str = Field(description="The hash of the ledger's last move of the champion when the gate decided.")
 
 
 class Rows(_Part):

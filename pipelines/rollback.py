@@ -8,21 +8,21 @@ from typing import Any
 
 from pipelines import champion, provenance, registry, stage
 from pipelines.errors import BallastError, exit_with
-from pipelines.state import Entry, State, champions, today
+from pipelines.state import Entry, State, champions, head_of, moves, today
 
 
 def target(ledger: list[Entry], to: int | None = None) -> int:
     """The version to go back to: the champion before, or ``to`` if it was ever one."""
-    if not ledger:
-        raise BallastError("There is no champion to roll back: the ledger is empty.")
-    now, standing = ledger[-1].to_version, champions(ledger)
+    if not (standing := champions(ledger)):
+        raise BallastError("There is no champion to roll back: no version was ever promoted.")
+    now = standing[-1]
     if to is None:
         if len(standing) < 2:
             raise BallastError(f"There is no champion before v{now} to go back to. `ballast history` shows the ledger.")
         return standing[-2]
     if to == now:
         raise BallastError(f"v{to} is the champion already.")
-    served = sorted({entry.to_version for entry in ledger})
+    served = sorted({entry.to_version for entry in moves(ledger) if entry.to_version})
     if to not in served:
         known = ", ".join(f"v{version}" for version in served)
         raise BallastError(f"v{to} was never champion (these were: {known}). A new version comes in by the gate only.")
@@ -30,13 +30,11 @@ def target(ledger: list[Entry], to: int | None = None) -> int:
 
 
 def rollback(state: State, reason: str, to: int | None = None, head: str | None = None) -> dict[str, Any]:
-    """Go back; ``head`` is the ledger's head that the decision to do so was made on. Raises Conflict if it moved.
+    """Go back; ``head`` is the champion's move that the decision to do so was made on. Raises Conflict if it moved.
 
     In a DAG run a second call changes nothing: the first may have been killed after it wrote the ledger.
     """
-    reason = reason.strip()
-    if not reason:
-        raise BallastError("A rollback needs a reason: it stays in the ledger. Pass --reason TEXT.")
+    reason = provenance.stated(reason, "A rollback")
     ledger = state.ledger()
     before = [entry for entry in ledger if _ours(entry)] if provenance.in_dag_run() else []
     entry = before[-1] if before else _append(state, ledger, reason, to, head)
@@ -57,7 +55,7 @@ def _ours(entry: Entry) -> bool:
 
 def _append(state: State, ledger: list[Entry], reason: str, to: int | None, head: str | None) -> Entry:
     goal = registry.version(target(ledger, to)).number  # it is still there
-    head = head or ledger[-1].hash
+    head = head or head_of(ledger)
     return state.append("rollback", goal, head=head, reason=reason, actor=provenance.actor(), as_of=today())
 
 

@@ -1,6 +1,7 @@
 """The state store: what must be agreed on by everybody. The only module that holds it.
 
-One small database (``places.state_uri()``): the ledger of champions, the decisions that were made, the example clock.
+One small database (``places.state_uri()``): the ledger of champions and of what people said of
+promoting them, the decisions that were made, the example clock.
 ``python -m pipelines.state clock`` prints the date that a run with no date of its own takes.
 """
 
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from sqlalchemy import (
     Column,
@@ -37,14 +38,16 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
 from pipelines import places
-from pipelines.errors import BallastError, Conflict, TryAgain, exit_with
+from pipelines.errors import BallastError, Conflict, Held, TryAgain, exit_with
 from pipelines.files import canonical_json
 
 SCHEMA = 2
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 
-Kind = Literal["promote", "rollback"]
+Move = Literal["promote", "rollback"]  # what makes a version champion
+Note = Literal["freeze", "unfreeze"]  # what a person says that moves no champion
+MOVES: tuple[Move, ...] = get_args(Move)
 
 metadata = MetaData()
 _schema = Table("ballast_schema", metadata, Column("version", Integer, primary_key=True))
@@ -79,7 +82,10 @@ _settings = Table("settings", metadata, Column("name", String(64), primary_key=T
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the ledger. ``hash`` is over all other fields, so also over the entry before."""
+    """One entry of the ledger. ``hash`` is over all other fields, so also over the entry before.
+
+    One that moves no champion leaves it as it was: ``to_version`` is ``from_version``, None before the first promotion.
+    """
 
     seq: int
     prev_hash: str
@@ -88,7 +94,7 @@ class Entry:
     as_of: str | None
     kind: str
     from_version: int | None
-    to_version: int
+    to_version: int | None
     reason: str
     actor: str
     record_sha256: str | None
@@ -120,13 +126,13 @@ class State:
         self._make_sure()
 
     def ledger(self) -> list[Entry]:
-        """Every promotion and rollback, the oldest first."""
+        """Every move of the champion, freeze and unfreeze, the oldest first."""
         with self._begin() as connection:
             return [Entry(**row) for row in connection.execute(select(_ledger).order_by(_ledger.c.seq)).mappings()]
 
     def append(
         self,
-        kind: Kind,
+        kind: Move,
         to_version: int,
         *,
         head: str,
@@ -135,44 +141,61 @@ class State:
         as_of: date,
         record_sha256: str | None = None,
     ) -> Entry:
-        """Add an entry after the one whose hash is ``head``; raise Conflict if another writer has done so already."""
-        before = next((entry for entry in self.ledger() if entry.hash == head), None)
-        if before is None and head != GENESIS:
-            raise Conflict(
-                f"The ledger has no entry {head[:12]}: it is not the ledger that was read before. Look again."
-            )
-        values: dict[str, Any] = {
-            "seq": before.seq + 1 if before else 1,
-            "prev_hash": head,
-            "at": _now(),
-            "as_of": as_of.isoformat(),
-            "kind": kind,
-            "from_version": before.to_version if before else None,
-            "to_version": to_version,
-            "reason": reason,
-            "actor": actor,
-            "record_sha256": record_sha256,
-        }
-        entry = Entry(hash=Entry(hash="", **values).computed_hash(), **values)
-        try:
-            with self._begin() as connection:
-                connection.execute(insert(_ledger), asdict(entry))
-        except IntegrityError:
-            now = self.champion()
-            raise Conflict(
-                f"The champion has moved meanwhile (it is v{now} now). Look again, then decide again."
-            ) from None
-        return entry
+        """Make ``to_version`` champion after the move whose hash is ``head``.
+
+        Raises Held if it is a promotion and promotion is frozen, and Conflict if another writer has moved the champion.
+        """
+
+        def check(ledger: list[Entry]) -> None:
+            if kind == "promote" and (freeze := frozen(ledger)):
+                raise Held(f"{freeze_words(freeze)}. v{to_version} is not promoted")
+            if head != GENESIS and head not in {entry.hash for entry in ledger}:
+                raise Conflict(
+                    f"The ledger has no entry {head[:12]}: it is not the ledger that was read before. Look again."
+                )
+            if head != head_of(ledger):
+                now = ledger[-1].to_version
+                raise Conflict(f"The champion has moved meanwhile (it is v{now} now). Look again, then decide again.")
+
+        values = {"kind": kind, "to_version": to_version, "reason": reason, "actor": actor}
+        return self._add(check, {**values, "as_of": as_of.isoformat(), "record_sha256": record_sha256})
+
+    def note(self, kind: Note, check: Callable[[list[Entry]], None], *, reason: str, actor: str) -> Entry:
+        """Write down what a person says; ``check`` raises if the ledger that it comes after does not allow it."""
+        as_of = today(self).isoformat()
+        return self._add(check, {"kind": kind, "reason": reason, "actor": actor, "as_of": as_of, "record_sha256": None})
+
+    def _add(self, check: Callable[[list[Entry]], None], values: dict[str, Any]) -> Entry:
+        """Add an entry after the last one, whichever that is once nobody else comes in between."""
+        while True:
+            ledger = self.ledger()
+            check(ledger)
+            before = ledger[-1] if ledger else None
+            champion = before.to_version if before else None
+            place = {
+                "seq": before.seq + 1 if before else 1,
+                "prev_hash": before.hash if before else GENESIS,
+                "at": _now(),
+            }
+            fields = {"from_version": champion, "to_version": champion, **place, **values}
+            entry = Entry(hash=Entry(hash="", **fields).computed_hash(), **fields)
+            try:
+                with self._begin() as connection:
+                    connection.execute(insert(_ledger), asdict(entry))
+            except IntegrityError:  # another entry came first: look again
+                if self.ledger()[-1:] == ledger[-1:]:
+                    raise
+            else:
+                return entry
 
     def head(self) -> str:
-        """The hash of the last entry: whoever appends says which one it saw."""
-        entries = self.ledger()
-        return entries[-1].hash if entries else GENESIS
+        """The hash of the last move of the champion: whoever moves it says which one it saw."""
+        return head_of(self.ledger())
 
     def champion(self) -> int | None:
         """The version in production, by the ledger."""
-        entries = self.ledger()
-        return entries[-1].to_version if entries else None
+        moved = moves(self.ledger())
+        return moved[-1].to_version if moved else None
 
     def previous_champion(self) -> int | None:
         """The version that a rollback goes back to."""
@@ -286,10 +309,22 @@ class State:
             raise _trouble(self._engine, error) from None
 
 
+def moves(ledger: list[Entry]) -> list[Entry]:
+    """The entries that made a version champion."""
+    return [entry for entry in ledger if entry.kind in MOVES]
+
+
+def head_of(ledger: list[Entry]) -> str:
+    """The hash of the last move of the champion. What else people say in the ledger leaves decisions as they are."""
+    moved = moves(ledger)
+    return moved[-1].hash if moved else GENESIS
+
+
 def champions(ledger: list[Entry]) -> list[int]:
     """The champions that still count, the present one last: a rollback takes away those that came after its target."""
     standing: list[int] = []
-    for entry in ledger:
+    for entry in moves(ledger):
+        assert entry.to_version is not None
         if entry.kind == "rollback" and entry.to_version in standing:
             while standing[-1] != entry.to_version:
                 standing.pop()
@@ -298,9 +333,20 @@ def champions(ledger: list[Entry]) -> list[int]:
     return standing
 
 
-def today() -> date:
+def frozen(ledger: list[Entry]) -> Entry | None:
+    """The freeze that holds, if one does."""
+    said = [entry for entry in ledger if entry.kind in ("freeze", "unfreeze")]
+    return said[-1] if said and said[-1].kind == "freeze" else None
+
+
+def freeze_words(freeze: Entry) -> str:
+    """A freeze in one line."""
+    return f"frozen: {freeze.reason} (by {freeze.actor}, since {freeze.at[:16].replace('T', ' ')} UTC)"
+
+
+def today(state: State | None = None) -> date:
     """The date of the clock: the example's own while it is set, else the wall clock's, UTC."""
-    return State().clock() or datetime.now(UTC).date()
+    return (state or State()).clock() or datetime.now(UTC).date()
 
 
 # One migration at a time, and nobody writes meanwhile. (SQLite's driver begins no transaction for DDL by itself.)

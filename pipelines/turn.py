@@ -19,7 +19,7 @@ from pipelines import embedded, params, stack
 from pipelines.dagruns import Airflow, Run, Task
 from pipelines.errors import BallastError, exit_with
 from pipelines.places import ROOT, var
-from pipelines.state import State
+from pipelines.state import State, moves
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -291,14 +291,14 @@ def report(airflow: Airflow, run: Run, tasks: list[Task]) -> str:
 def sum_up(screen: Screen, took: Mapping[str, float]) -> None:
     """The end of a turn: who is champion, where to look, how to stop."""
     state = State()
-    champion, ledger = state.champion(), state.ledger()
+    champion, moved = state.champion(), moves(state.ledger())
     parts = " · ".join(f"{dag_id} {clock(seconds)}" for dag_id, seconds in took.items())
     screen.say("")
     if champion is None:
         screen.fact("champion", "none: no challenger has passed the gate yet")
     else:
         screen.fact(
-            "champion", f"v{champion} since {ago(datetime.fromisoformat(ledger[-1].at))}     ballast explain {champion}"
+            "champion", f"v{champion} since {ago(datetime.fromisoformat(moved[-1].at))}     ballast explain {champion}"
         )
     screen.fact("took", f"{clock(sum(took.values()))}: {parts}")
     screen.fact("Airflow", f"{embedded.airflow_url()}  (user and password: {_near(embedded.password_file())})")

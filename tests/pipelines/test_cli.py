@@ -19,6 +19,8 @@ from pipelines import cli, registry
 from pipelines.promote import promote
 from pipelines.state import State
 
+COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "tune"]
+
 
 @pytest.fixture
 def ballast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
@@ -58,13 +60,13 @@ def test_help_answers_at_once_and_has_an_example_each(project: Project) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "pipelines.cli", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 3  # a fifth of a second on an idle machine
-    for name in ("status", "history", "explain", "rollback", "tune"):
+    for name in COMMANDS:
         assert name in done.stdout
     heavy = re.findall(r"\| +(mlflow|optuna|pandas|sqlalchemy|torch|pydantic|numpy|rich)$", done.stderr, re.MULTILINE)
     assert heavy == []
 
 
-@pytest.mark.parametrize("name", ["status", "history", "explain", "rollback", "tune"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_an_example(ballast: Any, name: str) -> None:
     code, out, _ = ballast(name, "--help")
     assert code == 0
@@ -229,8 +231,54 @@ def test_rollback_to_a_named_version_takes_that_one(two: Project, ballast: Any) 
 
 
 def test_rollback_without_a_champion_fails_in_one_line(project: Project, ballast: Any) -> None:
-    expected = "error: There is no champion to roll back: the ledger is empty.\n"
+    expected = "error: There is no champion to roll back: no version was ever promoted.\n"
     assert ballast("rollback", "--reason", "odd", "--yes") == (1, "", expected)
+
+
+def test_freeze_is_shown_everywhere_until_it_is_lifted(two: Project, ballast: Any) -> None:
+    code, out, _ = ballast("freeze", "--reason", " peak [season] ")
+    assert (code, out.split(" (by ")[0]) == (0, "frozen: peak [season]")
+    for command in (["status"], ["explain", "3"]):
+        said = ballast(*command)[1]
+        assert re.search(r"FROZEN +peak \[season\], by \w+, since 20.*ballast unfreeze --reason TEXT", said), command
+        assert json.loads(ballast(*command, "--json")[1])["frozen"]["reason"] == "peak [season]"
+    assert re.search(r"  3  20.* freeze +v2 +peak \[season\]", ballast("history")[1])
+    found = ballast("status")[1]
+    assert re.search(r"champion +v2 since", found)
+    assert re.search(r"registry +agrees with the ledger\n", found)
+    code, out, _ = ballast("unfreeze", "--reason", "over", "--json")
+    assert (code, json.loads(out)["frozen"]) == (0, None)
+    assert "FROZEN" not in ballast("status")[1] + ballast("explain", "3")[1]
+    kinds = [entry["kind"] for entry in json.loads(ballast("history", "--json")[1])["entries"]]
+    assert kinds == ["promote", "promote", "freeze", "unfreeze"]
+
+
+def test_freeze_before_the_first_model_holds_it(project: Project, ballast: Any) -> None:
+    assert ballast("freeze", "--reason", "not yet")[0] == 0
+    version = project.bare_version("a" * 64)
+    project.decided(version, "a" * 64)
+    code, out, _ = ballast("promote", "1")
+    assert (code, State().champion()) == (1, None)
+    assert re.match(r"frozen: not yet \(by \w+, since 20.* UTC\)\. v1 is not promoted", out)
+    assert re.search(r"champion +none yet", ballast("status")[1])
+    assert re.search(r"  1  20.* freeze +none +not yet", ballast("history")[1])
+    assert "passed the gate meanwhile: `ballast promote 1`" in ballast("unfreeze", "--reason", "now")[1]
+    assert ballast("promote", "1") == (0, "champion: none → v1\n", "")
+
+
+def test_freeze_that_says_nothing_new_fails_in_one_line(project: Project, ballast: Any) -> None:
+    assert ballast("unfreeze", "--reason", "over")[2].startswith("error: Promotion is not frozen")
+    assert ballast("freeze", "--reason", " ")[2].startswith("error: A freeze needs a reason")
+    ballast("freeze", "--reason", "first")
+    code, _, err = ballast("freeze", "--reason", "second")
+    assert (code, err.split(" (by ")[0]) == (1, "error: Promotion is frozen: first")
+    assert [entry.reason for entry in State().ledger()] == ["first"]
+
+
+def test_promote_without_a_decision_fails_in_one_line(two: Project, ballast: Any) -> None:
+    said = "error: The gate has made no decision on v7. `ballast status` shows the last ones.\n"
+    assert ballast("promote", "7") == (1, "", said)
+    assert ballast("promote", "3")[2].startswith("error: The gate refused v3: for the test")
 
 
 def test_state_that_cannot_be_written_fails_in_one_line(

@@ -17,6 +17,7 @@ from pipelines import metrics, params, record, registry
 from pipelines.decide import DecideParams, Side, Verdict, decide
 from pipelines.errors import BallastError, ParamsError, TryAgain
 from pipelines.files import sha256, write_json
+from pipelines.freeze import freeze
 from pipelines.model import Model, load
 from pipelines.promote import promote
 from pipelines.state import GENESIS, Decision, State
@@ -274,6 +275,17 @@ def test_decide_on_one_class_refuses_without_a_number(project: Project) -> None:
 def test_decide_again_gives_the_same_verdict(project: Project) -> None:
     challenger, champion = side(project, 2), side(project, 1, iterations=10)
     assert gate(project, challenger, champion).rules == gate(project, challenger, champion).rules
+
+
+def test_judge_while_promotion_is_frozen_says_so_beside_its_verdict(project: Project) -> None:
+    freeze(State(), "peak season")
+    project.train()
+    project.register()
+    result = project.decide()
+    assert result["verdict"] == "promote"
+    assert "PROMOTE · first model" in result["summary"]
+    assert "· frozen: peak season (by " in result["summary"]
+    assert "frozen" not in read(project.root / "data" / "decide" / "record.json")["summary"], "it is not why"
 
 
 def test_judge_keeps_a_record_that_says_what_was_compared_with_what(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
@@ -9,6 +10,7 @@ from conftest import Project
 
 from pipelines import champion, registry
 from pipelines.errors import BallastError, Conflict
+from pipelines.freeze import freeze, unfreeze
 from pipelines.promote import promote
 from pipelines.rollback import rollback
 from pipelines.state import Decision, State
@@ -153,6 +155,38 @@ def test_promote_by_many_at_once_lets_one_win_and_tells_the_others(project: Proj
     assert registry.aliases() == {"champion": State().champion()}
 
 
+def test_promote_while_frozen_is_held_and_goes_through_once_thawed(served: Project) -> None:
+    version = served.bare_version("d")
+    made = served.decided(version, "d")
+    freeze(State(), "peak season")
+    result = promote(version, made, State())
+    assert (result["verdict"], result["moved"], result["from"], result["to"]) == ("held", False, 3, 3)
+    assert re.fullmatch(r"frozen: peak season \(by \w+, since .* UTC\)\. v4 is not promoted", result["summary"])
+    assert (State().champion(), registry.aliases()["champion"]) == (3, 3)
+    assert unfreeze(State(), "over")["passed_meanwhile"] is None, "its decision was made before"
+    assert promote(version, made, State())["verdict"] == "promoted"
+    assert State().verify() == []
+
+
+def test_promote_while_frozen_of_a_forged_record_is_no_result(served: Project) -> None:
+    freeze(State(), "peak season")
+    with pytest.raises(BallastError, match="forged"):
+        promote(3, "f" * 64, State())
+
+
+def test_promote_done_before_the_freeze_is_still_done(served: Project) -> None:
+    freeze(State(), "peak season")
+    last = next(entry for entry in reversed(State().ledger()) if entry.kind == "promote")
+    assert promote(3, last.record_sha256 or "", State())["summary"] == "champion: v2 → v3 · already so"
+
+
+def test_rollback_while_frozen_goes_back(served: Project) -> None:
+    seen = State().head()
+    freeze(State(), "peak season")
+    assert rollback(State(), "worse", head=seen)["to"] == 2
+    assert not champion.behind(State())
+
+
 def test_rollback_goes_back_by_champions_each_time_further(served: Project) -> None:
     assert rollback(State(), " bad weather ")["summary"] == "champion: v3 → v2 · rolled back: bad weather"
     assert registry.aliases() == {"champion": 2, "previous": 1}
@@ -174,7 +208,7 @@ def test_rollback_to_a_version_takes_one_that_served(served: Project) -> None:
 
 
 def test_rollback_without_a_champion_or_a_reason_says_so(project: Project) -> None:
-    with pytest.raises(BallastError, match="the ledger is empty"):
+    with pytest.raises(BallastError, match="no version was ever promoted"):
         rollback(State(), "why")
     with pytest.raises(BallastError, match="needs a reason"):
         rollback(State(), "  ")

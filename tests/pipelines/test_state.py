@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from pipelines.errors import BallastError, Conflict
-from pipelines.state import _MIGRATIONS, GENESIS, SCHEMA, Decision, State, champions, today
+from pipelines.errors import BallastError, Conflict, Held
+from pipelines.state import _MIGRATIONS, GENESIS, SCHEMA, Decision, Entry, Note, State, champions, frozen, today
 
 
 @pytest.fixture
@@ -93,6 +93,67 @@ def test_append_by_eight_processes_at_once_keeps_the_chain_whole(tmp_path: Path)
     assert state.verify() == []
     assert len(ledger) == sum(map(sum, won)) >= 5
     assert [sum(entry.to_version == version for entry in ledger) for version in range(1, 9)] == list(map(sum, won))
+
+
+def freeze(state: State, kind: Note = "freeze") -> None:
+    state.note(kind, lambda ledger: None, reason="peak season", actor="ana")
+
+
+def test_note_moves_no_champion_and_leaves_the_head(state: State) -> None:
+    freeze(state)
+    assert (state.champion(), state.head(), state.previous_champion(), frozen(state.ledger())) == (
+        None,
+        GENESIS,
+        None,
+        state.ledger()[0],
+    )
+    freeze(state, "unfreeze")
+    add(state, ("promote", 1), ("promote", 2))
+    head = state.head()
+    freeze(state)
+    assert (state.champion(), state.head(), state.previous_champion()) == (2, head, 1)
+    assert [(entry.from_version, entry.to_version) for entry in state.ledger()] == [
+        (None, None),
+        (None, None),
+        (None, 1),
+        (1, 2),
+        (2, 2),
+    ]
+    assert (state.verify(), champions(state.ledger())) == ([], [1, 2])
+
+
+def test_append_while_frozen_holds_a_promotion_and_no_rollback(state: State) -> None:
+    add(state, ("promote", 1), ("promote", 2))
+    freeze(state)
+    with pytest.raises(Held, match=r"frozen: peak season \(by ana, since 20.* UTC\). v3 is not promoted"):
+        add(state, ("promote", 3))
+    add(state, ("rollback", 1))
+    with pytest.raises(Held):
+        add(state, ("promote", 3))
+    freeze(state, "unfreeze")
+    add(state, ("promote", 3))
+    assert (state.champion(), state.verify()) == (3, [])
+
+
+class Overtaken(State):
+    """Between its first look at the ledger and its writing, somebody else freezes promotion."""
+
+    seen = False
+
+    def ledger(self) -> list[Entry]:
+        found = super().ledger()
+        if not self.seen:
+            self.seen = True
+            freeze(State())
+        return found
+
+
+def test_append_overtaken_by_a_freeze_does_not_get_in(state: State) -> None:
+    with pytest.raises(Held):
+        Overtaken().append("promote", 1, head=GENESIS, reason="", actor="me", as_of=date(2013, 4, 1))
+    assert [entry.kind for entry in state.ledger()] == ["freeze"]
+    entry = Overtaken().append("rollback", 1, head=GENESIS, reason="", actor="me", as_of=date(2013, 4, 1))
+    assert (entry.seq, state.verify()) == (3, [])
 
 
 @pytest.mark.parametrize(
