@@ -42,9 +42,9 @@ def status(
     as_json: AsJson = False,
     repair: Annotated[bool, typer.Option(help="Set aliases that were moved by hand to what the ledger says.")] = False,
 ) -> None:
-    """The champion, since when and why; whether promotion is frozen; the last verdicts; what is up."""
+    """The champion, since when and why; what is frozen or in quarantine; the last verdicts; what is up."""
     from pipelines.freeze import shown
-    from pipelines.state import State, frozen
+    from pipelines.state import State, frozen, quarantined
 
     state = State()
     registry = _registry(state, repair)
@@ -53,6 +53,7 @@ def status(
         "champion": _champion(ledger),
         "previous": state.previous_champion(),
         "frozen": shown(frozen(ledger)),
+        "quarantined": {version: shown(entry) for version, entry in quarantined(ledger).items()},
         "decisions": [_public(decision) for decision in state.decisions()[-LAST_DECISIONS:][::-1]],
         "ledger": {"entries": len(ledger), "problems": problems},
         "registry": registry,
@@ -134,6 +135,8 @@ def _show_status(found: dict[str, Any]) -> None:
     else:
         _line(out, "champion", "none yet")
     _show_freeze(out, found["frozen"])
+    for version, held in found["quarantined"].items():
+        _line(out, "quarantine", f"v{version} {_held_words(held)}")
     for number, decision in enumerate(found["decisions"]):
         said = f"v{decision['version']} as of {decision['as_of']}: {_plain(decision['summary'])}"
         _line(out, "" if number else "verdicts", said)
@@ -161,8 +164,13 @@ def _show_status(found: dict[str, Any]) -> None:
 
 def _show_freeze(out: Console, frozen: dict[str, Any] | None) -> None:
     if frozen:
-        since = f"{_plain(frozen['reason'])}, by {_plain(frozen['actor'])}, since {_when(frozen['since'])}"
-        _line(out, "[bold red]FROZEN[/bold red]     ", f"{since}. Lift it: ballast unfreeze --reason TEXT")
+        _line(
+            out, "[bold red]FROZEN[/bold red]     ", f"{_held_words(frozen)}. Lift it: ballast unfreeze --reason TEXT"
+        )
+
+
+def _held_words(held: dict[str, Any]) -> str:
+    return f"{_plain(held['reason'])}, by {_plain(held['actor'])}, since {_when(held['since'])}"
 
 
 _NAMES = {"airflow": "Airflow", "mlflow": "MLflow"}
@@ -236,6 +244,8 @@ def _show_version(found: dict[str, Any]) -> None:
         _line(out, "" if number else "served", _served_words(time))
     if not found["served"]:
         _line(out, "served", "never")
+    if found["quarantined"]:
+        _line(out, "quarantine", f"rolled back: {_held_words(found['quarantined'])}")
     _show_freeze(out, found["frozen"])
     for decision in found["decisions"]:
         _show_decision(out, decision)
@@ -276,8 +286,8 @@ def _show_decision(out: Console, decision: dict[str, Any]) -> None:
 
 # --- promote, freeze, rollback
 
-
 Reason = Annotated[str, typer.Option(help="Why; it stays in the ledger.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 @app.command(epilog="Example: ballast promote 3")
@@ -318,9 +328,10 @@ def unfreeze(reason: Reason, as_json: AsJson = False) -> None:
 def rollback(
     reason: Reason,
     to: Annotated[int | None, typer.Option(help="A version that was champion once; else the champion before.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Back to the champion before. Asks once."""
+    """Back to the champion before, frozen or not. Asks once. No machine promotes the replaced model again."""
     from pipelines import rollback as back
     from pipelines.state import State, head_of
 
@@ -329,7 +340,8 @@ def rollback(
     goal = back.target(ledger, to)
     if not yes:
         typer.confirm(f"The champion is v{ledger[-1].to_version}. Go back to v{goal}?", abort=True)
-    typer.echo(back.rollback(state, reason, goal, head=head_of(ledger))["summary"])
+    found = back.rollback(state, reason, goal, head=head_of(ledger))
+    _print_json(found) if as_json else typer.echo(found["summary"])
 
 
 # --- tune

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipelines import freeze, record, registry, tracking
 from pipelines.errors import BallastError
-from pipelines.state import Entry, State, frozen, moves
+from pipelines.state import Entry, State, frozen, moves, quarantined
 
 
 def explain(number: int, state: State) -> dict[str, Any]:
@@ -24,6 +24,7 @@ def explain(number: int, state: State) -> dict[str, Any]:
         "champion": state.champion() == number,
         "served": served(number, ledger),
         "frozen": freeze.shown(frozen(ledger)),
+        "quarantined": freeze.shown(quarantined(ledger).get(number)),
         "decisions": _decisions(number, state),
         "data": {
             "as_of": tags.get("ballast.as_of"),

@@ -27,7 +27,7 @@ def unfreeze(state: State, reason: str) -> dict[str, Any]:
 
 
 def shown(entry: Entry | None) -> dict[str, Any] | None:
-    """A freeze as `--json` has it; None while there is none."""
+    """What holds, a freeze or a quarantine, as `--json` has it; None where nothing does."""
     return {"reason": entry.reason, "actor": entry.actor, "since": entry.at} if entry else None
 
 

@@ -1,6 +1,7 @@
 """Promote: make a version the champion, on a decision record that still holds. There is no other way in.
 
-While promotion is frozen it is held: a result, not a failure, as the gate's refusal is one.
+While promotion is frozen, or the model in quarantine after a rollback, it is held: a result, not a failure, as the
+gate's refusal is one.
 
 The ledger first, then the aliases: killed in between, running it again (or ``ballast status``) completes it.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from pipelines import champion, provenance, record, registry, stage
 from pipelines.errors import BallastError, Conflict, Held, exit_with
-from pipelines.state import Entry, State, moves
+from pipelines.state import Entry, State, moves, quarantined, said_by
 
 
 def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
@@ -24,9 +25,12 @@ def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     the champion has moved since the decision.
     """
     facts = _holding(version, record_sha256, state)
-    moved = moves(state.ledger())
+    ledger = state.ledger()
+    moved = moves(ledger)
     done = bool(moved) and moved[-1].record_sha256 == record_sha256
     try:
+        if not done:
+            _check_quarantine(version, facts["digest"], ledger)
         entry = moved[-1] if done else _append(facts, record_sha256, state, moved)
     except Held as held:
         return _held(version, state.champion(), str(held))
@@ -71,6 +75,20 @@ def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     if facts["verdict"] != "promote":
         raise BallastError(f"The gate refused v{version}: {'; '.join(facts['reasons'])}. A refused version stays out.")
     return facts
+
+
+def _check_quarantine(version: int, digest: str, ledger: list[Entry]) -> None:
+    """Raise Held if a person has rolled this model back, be it under another version's number."""
+    if not (away := quarantined(ledger)):
+        return
+    digests = {known.number: known.digest for known in registry.versions()}
+    for number, entry in away.items():
+        if number == version or digests.get(number) == digest:
+            same = "" if number == version else f" (v{version} is the same model)"
+            raise Held(
+                f"in quarantine: v{number} was rolled back: {entry.reason} ({said_by(entry)}){same}. v{version} is not "
+                f"promoted; a person may: `ballast rollback --to {number} --reason TEXT`"
+            )
 
 
 def _append(facts: dict[str, Any], record_sha256: str, state: State, moved: list[Entry]) -> Entry:

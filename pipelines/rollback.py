@@ -1,4 +1,7 @@
-"""Roll back: the champion before takes its place again, with a reason, in the ledger for good."""
+"""Roll back: the champion before takes its place again, with a reason, in the ledger for good.
+
+The version that it replaces is in quarantine from then on: no machine promotes that model again.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ def rollback(state: State, reason: str, to: int | None = None, head: str | None 
     entry = before[-1] if before else _append(state, ledger, reason, to, head)
     champion.project(state)
     return {
-        "summary": f"champion: v{entry.from_version} → v{entry.to_version} · rolled back: {entry.reason}",
+        "summary": f"champion: v{entry.from_version} → v{entry.to_version} · rolled back: {entry.reason}"
+        f" · v{entry.from_version} is in quarantine",
         "model": registry.name(),
         "version": entry.to_version,
         "from": entry.from_version,

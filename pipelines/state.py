@@ -339,9 +339,25 @@ def frozen(ledger: list[Entry]) -> Entry | None:
     return said[-1] if said and said[-1].kind == "freeze" else None
 
 
+def quarantined(ledger: list[Entry]) -> dict[int, Entry]:
+    """The versions that a rollback replaced, each with that rollback, until they are made champion again."""
+    found: dict[int, Entry] = {}
+    for entry in moves(ledger):
+        assert entry.to_version is not None
+        found.pop(entry.to_version, None)
+        if entry.kind == "rollback" and entry.from_version:
+            found[entry.from_version] = entry
+    return found
+
+
 def freeze_words(freeze: Entry) -> str:
     """A freeze in one line."""
-    return f"frozen: {freeze.reason} (by {freeze.actor}, since {freeze.at[:16].replace('T', ' ')} UTC)"
+    return f"frozen: {freeze.reason} ({said_by(freeze)})"
+
+
+def said_by(entry: Entry) -> str:
+    """Who is behind an entry, and since when it holds."""
+    return f"by {entry.actor}, since {entry.at[:16].replace('T', ' ')} UTC"
 
 
 def today(state: State | None = None) -> date:

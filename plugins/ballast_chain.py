@@ -9,7 +9,7 @@ from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import Param, chain
 
 from ballast_assets import CHALLENGER_READY, DRIFT_DETECTED
-from ballast_operators import AnnounceOperator, StepOperator, challenger, interval_start
+from ballast_operators import AnnounceOperator, StepOperator, challenger, interval_start, way_back
 
 # One slot each, made with the stack: one training at a time on a GPU, one writer to the registry.
 TRAINING_POOL = "training"
@@ -86,9 +86,5 @@ def promote() -> None:
 
 
 def rollback() -> None:
-    """Put the champion before back in its place."""
-    StepOperator(
-        step="rollback",
-        arguments=lambda context: [f"--reason={context['params']['reason']}"],
-        pool=PROMOTION_POOL,
-    )
+    """Put the champion before, or an earlier one, back in its place."""
+    StepOperator(step="rollback", arguments=way_back, pool=PROMOTION_POOL)

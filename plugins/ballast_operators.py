@@ -190,6 +190,12 @@ def challenger(context: Context) -> list[str]:
     return ["--version", str(chosen["version"]), "--record-sha256", str(chosen["record_sha256"])]
 
 
+def way_back(context: Context) -> list[str]:
+    """Why the champion goes, and to which version, if a person has named one."""
+    reason, to = context["params"]["reason"], context["params"].get("to")
+    return [f"--reason={reason}", *([f"--to={to}"] if to else [])]
+
+
 def trigger(context: Context) -> dict[str, Any]:
     """Who or what started this run, for the records."""
     run = context["dag_run"]

@@ -220,14 +220,18 @@ def test_rollback_asks_and_takes_no_for_an_answer(two: Project, ballast: Any) ->
 def test_rollback_goes_back(two: Project, ballast: Any, more: list[str], answer: str) -> None:
     code, out, _ = ballast("rollback", "--reason", "odd", *more, answer=answer)
     assert code == 0
-    assert out.endswith("champion: v2 → v1 · rolled back: odd\n")
+    assert out.endswith("champion: v2 → v1 · rolled back: odd · v2 is in quarantine\n")
     assert (State().champion(), registry.aliases()) == (1, {"champion": 1})
 
 
 def test_rollback_to_a_named_version_takes_that_one(two: Project, ballast: Any) -> None:
     ballast("rollback", "--reason", "odd", "--yes")
-    code, out, _ = ballast("rollback", "--reason", "it was right", "--to", "2", "--yes")
-    assert (code, out) == (0, "champion: v1 → v2 · rolled back: it was right\n")
+    assert re.search(r"quarantine +v2 odd, by \w+, since 20", ballast("status")[1])
+    assert list(json.loads(ballast("status", "--json")[1])["quarantined"]) == ["2"]
+    assert re.search(r"quarantine +rolled back: odd, by", ballast("explain", "2")[1])
+    code, out, _ = ballast("rollback", "--reason", "it was right", "--to", "2", "--yes", "--json")
+    assert (code, json.loads(out)["to"]) == (0, 2)
+    assert json.loads(ballast("explain", "2", "--json")[1])["quarantined"] is None
 
 
 def test_rollback_without_a_champion_fails_in_one_line(project: Project, ballast: Any) -> None:

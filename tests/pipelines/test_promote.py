@@ -13,7 +13,7 @@ from pipelines.errors import BallastError, Conflict
 from pipelines.freeze import freeze, unfreeze
 from pipelines.promote import promote
 from pipelines.rollback import rollback
-from pipelines.state import Decision, State
+from pipelines.state import Decision, State, quarantined
 
 
 @pytest.fixture
@@ -187,8 +187,37 @@ def test_rollback_while_frozen_goes_back(served: Project) -> None:
     assert not champion.behind(State())
 
 
+def test_promote_of_what_was_rolled_back_is_held_until_a_person_brings_it_back(served: Project) -> None:
+    rollback(State(), "complaints")
+    made = served.decided(3, "c")
+    result = promote(3, made, State())
+    assert (result["verdict"], result["from"], result["to"]) == ("held", 2, 2)
+    assert result["summary"].startswith("in quarantine: v3 was rolled back: complaints (by ")
+    assert result["summary"].endswith("v3 is not promoted; a person may: `ballast rollback --to 3 --reason TEXT`")
+    assert (State().champion(), len(State().ledger())) == (2, 4)
+    rollback(State(), "it was right after all", to=3)
+    assert list(quarantined(State().ledger())) == [2]
+
+
+def test_promote_of_a_model_that_was_rolled_back_under_another_number_is_held(served: Project) -> None:
+    rollback(State(), "complaints")
+    again = served.bare_version("c")
+    result = promote(again, served.decided(again, "c"), State())
+    assert (result["verdict"], State().champion()) == ("held", 2)
+    assert "v3 was rolled back" in result["summary"]
+    assert "(v4 is the same model)" in result["summary"]
+
+
+def test_promote_of_another_model_after_a_rollback_goes_through(served: Project) -> None:
+    rollback(State(), "complaints")
+    version = served.bare_version("d")
+    assert promote(version, served.decided(version, "d"), State())["verdict"] == "promoted"
+    assert list(quarantined(State().ledger())) == [3], "who was rolled back stays so"
+
+
 def test_rollback_goes_back_by_champions_each_time_further(served: Project) -> None:
-    assert rollback(State(), " bad weather ")["summary"] == "champion: v3 → v2 · rolled back: bad weather"
+    said = "champion: v3 → v2 · rolled back: bad weather · v3 is in quarantine"
+    assert rollback(State(), " bad weather ")["summary"] == said
     assert registry.aliases() == {"champion": 2, "previous": 1}
     rollback(State(), "worse")
     assert registry.aliases() == {"champion": 1}

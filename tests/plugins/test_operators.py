@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.utils.types import DagRunType
 
 import ballast_operators
-from ballast_operators import StepOperator, as_of_date, challenger, events, interval_start, trigger
+from ballast_operators import StepOperator, as_of_date, challenger, events, interval_start, trigger, way_back
 
 pytestmark = [
     pytest.mark.usefixtures("airflow_database"),
@@ -223,6 +223,11 @@ def test_challenger_newest_event_supersedes_the_others() -> None:
 def test_challenger_without_event_or_parameter_is_an_error_with_the_remedy() -> None:
     with pytest.raises(AirflowFailException, match="Give both parameters"):
         challenger(context(DagRunType.MANUAL))
+
+
+def test_way_back_names_a_version_only_if_a_person_did() -> None:
+    assert way_back(context(reason="odd", to=None)) == ["--reason=odd"]
+    assert way_back(context(reason="--odd", to=2)) == ["--reason=--odd", "--to=2"]
 
 
 def test_trigger_keeps_reasons_of_all_events() -> None:
