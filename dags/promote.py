@@ -5,7 +5,7 @@ Started by the event `challenger_ready`. Takes the decision record from the regi
 hash, its version, and that the champion is the one it was decided against. Then the ledger gets its entry and the alias
 `champion` follows. It is a DAG of its own so that nothing waits for it; a newer challenger supersedes an older one.
 While promotion is frozen (`ballast freeze`) the task ends green and says so; `ballast promote VERSION` catches up. It
-also does so for a model that was rolled back.
+also does so for a model that was rolled back; `--force` goes round both.
 
 **When it is red**: the log says what no longer holds (most often: the champion changed since the decision). Run a
 retraining DAG again: its steps are cached, and `decide` compares with today's champion.

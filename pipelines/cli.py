@@ -215,7 +215,8 @@ def _show_history(ledger: list[Entry], problems: list[str], registry: dict[str, 
         before = f"v{entry.from_version}" if entry.from_version else "none"
         moved = f"{before} → v{entry.to_version}" if entry.kind in MOVES else before
         about = f"{_plain(entry.reason)}  [dim]{_plain(entry.actor)}[/dim]"
-        out.print(f"{entry.seq:>3}  {_when(entry.at)}  as of {entry.as_of}  {entry.kind:<8}  {moved:<10}  {about}")
+        kind = f"[bold red]{'FORCE':<8}[/bold red]" if entry.kind == "force" else f"{entry.kind:<8}"
+        out.print(f"{entry.seq:>3}  {_when(entry.at)}  as of {entry.as_of}  {kind}  {moved:<10}  {about}")
     for problem in problems:
         out.print(f"[bold red]TAMPERED WITH[/bold red]  {_plain(problem)}")
     if registry["odds"]:
@@ -290,18 +291,43 @@ Reason = Annotated[str, typer.Option(help="Why; it stays in the ledger.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
-@app.command(epilog="Example: ballast promote 3")
+@app.command(
+    epilog="Example: ballast promote 3, or with the gate wrong and the house on fire: "
+    'ballast promote 3 --force --reason "the champion predicts NaN since 9:00"'
+)
 def promote(
-    version: Annotated[int, typer.Argument(help="The number of a registered version.")], as_json: AsJson = False
+    version: Annotated[int, typer.Argument(help="The number of a registered version.")],
+    force: Annotated[bool, typer.Option("--force", help="Round gate, freeze and quarantine. Asks once.")] = False,
+    reason: Annotated[str, typer.Option(help="Why by force; it stays in the ledger.")] = "",
+    yes: Yes = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a version champion on the gate's newest decision on it. Exit code 1 if it is held."""
-    from pipelines.promote import promote_newest
+    from pipelines import promote as promotion
     from pipelines.state import State
 
-    found = promote_newest(version, State())
+    if reason and not force:
+        raise BallastError("`--reason` goes with `--force`: without it, the reason in the ledger is the gate's.")
+    state = State()
+    found = _forced(version, reason, state, yes) if force else promotion.promote_newest(version, state)
     _print_json(found) if as_json else typer.echo(found["summary"])
     if found["verdict"] == "held":
         raise typer.Exit(1)
+
+
+def _forced(version: int, reason: str, state: State, yes: bool) -> dict[str, Any]:
+    """Say what stands against a version, ask, and promote it all the same."""
+    from pipelines import promote as promotion
+    from pipelines import provenance
+
+    provenance.stated(reason, "A promotion by force")
+    head, standing = state.head(), promotion.against(version, state)
+    for words in standing or ["nothing: its record holds"]:
+        typer.secho(f"against v{version}: {words}", fg="red", err=True)
+    if not yes:
+        now = f"v{state.champion()}" if state.champion() else "none"
+        typer.confirm(f"The champion is {now}. Promote v{version} BY FORCE? It stays in the ledger.", abort=True)
+    return promotion.force(version, reason, state, head)
 
 
 @app.command(epilog='Example: ballast freeze --reason "the peak season: no new model until January"')
@@ -459,7 +485,7 @@ def _when(at: str) -> str:
 
 
 def _done(kind: str) -> str:
-    return {"promote": "promoted", "rollback": "rolled back to"}.get(kind, kind)
+    return {"promote": "promoted", "rollback": "rolled back to", "force": "promoted BY FORCE"}.get(kind, kind)
 
 
 def _public(decision: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Promote: make a version the champion, on a decision record that still holds. There is no other way in.
+"""Promote: make a version the champion, on a decision record that still holds. Around it leads only what
+a person does by force, and that stays in the ledger with all that it went round.
 
 While promotion is frozen, or the model in quarantine after a rollback, it is held: a result, not a failure, as the
 gate's refusal is one.
@@ -15,7 +16,7 @@ from typing import Any
 
 from pipelines import champion, provenance, record, registry, stage
 from pipelines.errors import BallastError, Conflict, Held, exit_with
-from pipelines.state import Entry, State, moves, quarantined, said_by
+from pipelines.state import Entry, State, freeze_words, frozen, moves, quarantined, said_by, today
 
 
 def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
@@ -29,8 +30,8 @@ def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     moved = moves(ledger)
     done = bool(moved) and moved[-1].record_sha256 == record_sha256
     try:
-        if not done:
-            _check_quarantine(version, facts["digest"], ledger)
+        if not done and (away := _quarantine(version, facts["digest"], ledger)):
+            raise Held(f"{away}. v{version} is not promoted; a person may: {by_force(version)}")
         entry = moved[-1] if done else _append(facts, record_sha256, state, moved)
     except Held as held:
         return _held(version, state.champion(), str(held))
@@ -55,6 +56,64 @@ def promote_newest(version: int, state: State) -> dict[str, Any]:
     return promote(version, made[-1].record_sha256, state)
 
 
+def force(version: int, reason: str, state: State, head: str | None = None) -> dict[str, Any]:
+    """Make ``version`` champion on a person's word, round all that stands against it.
+
+    ``head`` is the champion's move that the person saw; raises Conflict if it has moved since.
+    """
+    reason = provenance.stated(reason, "A promotion by force")
+    around = "; ".join(against(version, state)) or "nothing: its record holds"
+    entry = state.append(
+        "force",
+        version,
+        head=head or state.head(),
+        reason=f"{reason} · went round: {around}",
+        actor=provenance.actor(),
+        as_of=today(state),
+    )
+    champion.project(state)
+    registry.set_tags(version, {"ballast.forced": f"{entry.at} by {entry.actor}: {entry.reason}"})
+    before = f"v{entry.from_version}" if entry.from_version else "none"
+    return {
+        "summary": f"FORCED · champion: {before} → v{version} · {entry.reason}",
+        "verdict": "forced",
+        "model": registry.name(),
+        "version": version,
+        "from": entry.from_version,
+        "to": version,
+        "moved": True,
+    }
+
+
+def against(version: int, state: State) -> list[str]:
+    """What stands against promoting ``version``, in words; raise BallastError if it is champion or is not there."""
+    digest, ledger = registry.version(version).digest, state.ledger()
+    if state.champion() == version:
+        raise BallastError(f"v{version} is the champion already.")
+    freeze = frozen(ledger)
+    found = [freeze_words(freeze) if freeze else None, _quarantine(version, digest, ledger), _no_record(version, state)]
+    return [words for words in found if words]
+
+
+def by_force(version: int) -> str:
+    """The command that goes round what stands against a version."""
+    return f"`ballast promote {version} --force --reason TEXT`"
+
+
+def _no_record(version: int, state: State) -> str | None:
+    """Why the gate's newest decision on a version does not let it in, if so."""
+    made = [decision for decision in state.decisions() if decision.version == version]
+    if not made:
+        return "the gate has made no decision on it"
+    try:
+        facts = _holding(version, made[-1].record_sha256, state)
+    except BallastError as error:
+        return str(error).rstrip(".")
+    if (seen := facts["champion"])["ledger_head"] != state.head():
+        return f"the gate compared it with {_name(seen['version'])}, and the champion has moved since"
+    return None
+
+
 def _held(version: int, now: int | None, why: str) -> dict[str, Any]:
     place = {"model": registry.name(), "version": version, "from": now, "to": now}
     return {"summary": why, "verdict": "held", **place, "moved": False}
@@ -77,18 +136,16 @@ def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     return facts
 
 
-def _check_quarantine(version: int, digest: str, ledger: list[Entry]) -> None:
-    """Raise Held if a person has rolled this model back, be it under another version's number."""
+def _quarantine(version: int, digest: str, ledger: list[Entry]) -> str | None:
+    """Whether a person has rolled this model back, be it under another version's number, in words."""
     if not (away := quarantined(ledger)):
-        return
+        return None
     digests = {known.number: known.digest for known in registry.versions()}
     for number, entry in away.items():
         if number == version or digests.get(number) == digest:
             same = "" if number == version else f" (v{version} is the same model)"
-            raise Held(
-                f"in quarantine: v{number} was rolled back: {entry.reason} ({said_by(entry)}){same}. v{version} is not "
-                f"promoted; a person may: `ballast rollback --to {number} --reason TEXT`"
-            )
+            return f"in quarantine: v{number} was rolled back: {entry.reason} ({said_by(entry)}){same}"
+    return None
 
 
 def _append(facts: dict[str, Any], record_sha256: str, state: State, moved: list[Entry]) -> Entry:

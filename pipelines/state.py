@@ -45,7 +45,7 @@ SCHEMA = 2
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 
-Move = Literal["promote", "rollback"]  # what makes a version champion
+Move = Literal["promote", "rollback", "force"]  # what makes a version champion
 Note = Literal["freeze", "unfreeze"]  # what a person says that moves no champion
 MOVES: tuple[Move, ...] = get_args(Move)
 

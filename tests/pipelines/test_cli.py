@@ -279,6 +279,28 @@ def test_freeze_that_says_nothing_new_fails_in_one_line(project: Project, ballas
     assert [entry.reason for entry in State().ledger()] == ["first"]
 
 
+def test_promote_by_force_says_what_stands_against_it_and_asks(two: Project, ballast: Any) -> None:
+    ballast("freeze", "--reason", "peak")
+    force = ["promote", "3", "--force", "--reason", "odd"]
+    code, out, err = ballast(*force, answer="n")
+    assert (code, State().champion()) == (1, 2)
+    assert "The champion is v2. Promote v3 BY FORCE?" in out
+    assert "against v3: frozen: peak (by " in err
+    assert "against v3: The gate refused v3: for the test" in err
+    code, out, _ = ballast(*force, "--yes")
+    assert (code, State().champion()) == (0, 3)
+    assert out.startswith("FORCED · champion: v2 → v3 · odd · went round: frozen: peak (by ")
+    assert re.search(r"  4  20.* FORCE +v2 → v3 +odd · went round: ", ballast("history")[1])
+    assert "promoted BY FORCE: odd · went round" in ballast("status")[1]
+    assert re.search(r"served +champion since .*, promoted BY FORCE: odd", ballast("explain", "3")[1])
+
+
+def test_promote_by_force_without_a_reason_asks_nothing(two: Project, ballast: Any) -> None:
+    said = "error: A promotion by force needs a reason: it stays in the ledger. Pass --reason TEXT.\n"
+    assert ballast("promote", "3", "--force", "--yes") == (1, "", said)
+    assert ballast("promote", "3", "--reason", "odd")[2].startswith("error: `--reason` goes with `--force`")
+
+
 def test_promote_without_a_decision_fails_in_one_line(two: Project, ballast: Any) -> None:
     said = "error: The gate has made no decision on v7. `ballast status` shows the last ones.\n"
     assert ballast("promote", "7") == (1, "", said)

@@ -11,7 +11,7 @@ from conftest import Project
 from pipelines import champion, registry
 from pipelines.errors import BallastError, Conflict
 from pipelines.freeze import freeze, unfreeze
-from pipelines.promote import promote
+from pipelines.promote import force, promote
 from pipelines.rollback import rollback
 from pipelines.state import Decision, State, quarantined
 
@@ -193,7 +193,7 @@ def test_promote_of_what_was_rolled_back_is_held_until_a_person_brings_it_back(s
     result = promote(3, made, State())
     assert (result["verdict"], result["from"], result["to"]) == ("held", 2, 2)
     assert result["summary"].startswith("in quarantine: v3 was rolled back: complaints (by ")
-    assert result["summary"].endswith("v3 is not promoted; a person may: `ballast rollback --to 3 --reason TEXT`")
+    assert result["summary"].endswith("v3 is not promoted; a person may: `ballast promote 3 --force --reason TEXT`")
     assert (State().champion(), len(State().ledger())) == (2, 4)
     rollback(State(), "it was right after all", to=3)
     assert list(quarantined(State().ledger())) == [2]
@@ -213,6 +213,60 @@ def test_promote_of_another_model_after_a_rollback_goes_through(served: Project)
     version = served.bare_version("d")
     assert promote(version, served.decided(version, "d"), State())["verdict"] == "promoted"
     assert list(quarantined(State().ledger())) == [3], "who was rolled back stays so"
+
+
+def test_force_goes_round_all_that_stands_against_a_version_and_says_so(served: Project) -> None:
+    rollback(State(), "complaints")
+    served.decided(3, "c", "refuse")
+    freeze(State(), "peak season")
+    result = force(3, " v2 predicts NaN ", State())
+    entry = State().ledger()[-1]
+    assert (entry.kind, entry.from_version, entry.to_version, entry.record_sha256) == ("force", 2, 3, None)
+    said = [
+        r"v2 predicts NaN · went round: frozen: peak season \(by .*\)",
+        r"in quarantine: v3 was rolled back: complaints \(by .*\)",
+        r"The gate refused v3: for the test\. A refused version stays out",
+    ]
+    assert re.fullmatch("; ".join(said), entry.reason)
+    assert result["summary"] == f"FORCED · champion: v2 → v3 · {entry.reason}"
+    assert entry.reason in registry.version(3).tags["ballast.forced"]
+    assert (State().champion(), registry.aliases()["champion"], quarantined(State().ledger())) == (3, 3, {})
+    assert (State().verify(), rollback(State(), "no")["to"]) == ([], 2)
+
+
+def test_force_of_a_version_that_the_gate_never_saw_says_so(project: Project) -> None:
+    version = project.bare_version("a")
+    force(version, "why not", State())
+    assert State().ledger()[-1].reason == "why not · went round: the gate has made no decision on it"
+    assert registry.aliases() == {"champion": 1}
+
+
+def test_force_on_a_record_made_for_another_champion_says_so(project: Project) -> None:
+    first, second = project.bare_version("a"), project.bare_version("b")
+    records = [project.decided(first, "a"), project.decided(second, "b")]
+    promote(first, records[0], State())
+    force(second, "why not", State())
+    said = "why not · went round: the gate compared it with no champion, and the champion has moved since"
+    assert State().ledger()[-1].reason == said
+    third = project.bare_version("c")
+    project.decided(third, "c")
+    force(third, "in a hurry", State())
+    assert State().ledger()[-1].reason == "in a hurry · went round: nothing: its record holds"
+
+
+def test_force_without_a_reason_or_of_the_champion_or_late_changes_nothing(served: Project) -> None:
+    served.bare_version("d")
+    with pytest.raises(BallastError, match="A promotion by force needs a reason"):
+        force(4, " ", State())
+    with pytest.raises(BallastError, match="v3 is the champion already"):
+        force(3, "why", State())
+    with pytest.raises(BallastError, match="no late v9"):
+        force(9, "why", State())
+    seen = State().head()
+    rollback(State(), "someone was faster")
+    with pytest.raises(Conflict, match="moved meanwhile"):
+        force(4, "late", State(), head=seen)
+    assert State().champion() == 2
 
 
 def test_rollback_goes_back_by_champions_each_time_further(served: Project) -> None:
