@@ -6,6 +6,9 @@ person with the form. What came with the call (`alert`, `reason`) stays with the
 
 A `dag_run_id` made from the alert keeps a repeated delivery from starting a second run: Airflow answers 409.
 
+An alert ends in the branch `paused`, green, while the circuit breaker is open and the data was refused before; what a
+person starts goes on.
+
 **When it is red**: as for `retrain_scheduled`: the failed task's log ends with cause and remedy; clear the task.
 """
 

@@ -5,6 +5,8 @@ The same chain as `retrain_scheduled`, started by the event `drift_detected` whe
 retraining is worth it. The event carries the as-of date and the reasons; several events may arrive as one run, all of
 them are read.
 
+It ends in the branch `paused`, green, while the circuit breaker is open and the data was refused before.
+
 **When it is red**: as for `retrain_scheduled`: the failed task's log ends with cause and remedy; clear the task.
 """
 

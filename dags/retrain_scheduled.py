@@ -10,7 +10,8 @@ past the example's year; with data of your own, delete that line and unpause.
 
 **When it is red**: `validate` red: the data was rejected, its log says by which expectation; mend the source and clear
 the task. Any other task: the last lines of its log name the cause and the remedy; clear the task, finished steps are
-cached. A refused challenger is no failure: see the record that `decide` links to.
+cached. A refused challenger is no failure: see the record that `decide` links to. Neither is the branch `paused`: so
+many retrainings in a row were refused (`params.yaml: breaker`) that it takes new data, or `ballast breaker reset`.
 """
 
 from datetime import datetime

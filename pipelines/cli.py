@@ -42,7 +42,8 @@ def status(
     as_json: AsJson = False,
     repair: Annotated[bool, typer.Option(help="Set aliases that were moved by hand to what the ledger says.")] = False,
 ) -> None:
-    """The champion, since when and why; what is frozen or in quarantine; the last verdicts; what is up."""
+    """The champion, since when and why; what is frozen, in quarantine or paused; the last verdicts; what is up."""
+    from pipelines import breaker as breakers
     from pipelines.freeze import shown
     from pipelines.state import State, frozen, quarantined
 
@@ -53,6 +54,7 @@ def status(
         "champion": _champion(ledger),
         "previous": state.previous_champion(),
         "frozen": shown(frozen(ledger)),
+        "breaker": (stands := breakers.read(state, breakers.settings().refusals)).shown(),
         "quarantined": {version: shown(entry) for version, entry in quarantined(ledger).items()},
         "decisions": [_public(decision) for decision in state.decisions()[-LAST_DECISIONS:][::-1]],
         "ledger": {"entries": len(ledger), "problems": problems},
@@ -61,7 +63,7 @@ def status(
         "services": (services := {name: _is_up(port) for name, port in _ports().items()}),
         "runs": _last_runs() if services["airflow"] else {},
     }
-    _print_json(found) if as_json else _show_status(found)
+    _print_json(found) if as_json else _show_status(found, stands.words)
 
 
 def _registry(state: State, repair: bool) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _is_up(port: int) -> bool:
         return False
 
 
-def _show_status(found: dict[str, Any]) -> None:
+def _show_status(found: dict[str, Any], breaker: str) -> None:
     out, champion, registry = _console(), found["champion"], found["registry"]
     if champion:
         since = f"since {_when(champion['since'])} (as of {champion['as_of']}), by {champion['actor']}"
@@ -137,6 +139,9 @@ def _show_status(found: dict[str, Any]) -> None:
     _show_freeze(out, found["frozen"])
     for version, held in found["quarantined"].items():
         _line(out, "quarantine", f"v{version} {_held_words(held)}")
+    if found["breaker"]["refusals"]:
+        style = "bold red" if found["breaker"]["open"] else "default"
+        _line(out, "breaker", f"[{style}]{_plain(breaker.removeprefix('breaker '))}[/{style}]")
     for number, decision in enumerate(found["decisions"]):
         said = f"v{decision['version']} as of {decision['as_of']}: {_plain(decision['summary'])}"
         _line(out, "" if number else "verdicts", said)
@@ -367,6 +372,28 @@ def rollback(
     if not yes:
         typer.confirm(f"The champion is v{ledger[-1].to_version}. Go back to v{goal}?", abort=True)
     found = back.rollback(state, reason, goal, head=head_of(ledger))
+    _print_json(found) if as_json else typer.echo(found["summary"])
+
+
+# --- breaker
+
+
+breaker = typer.Typer(
+    help="The circuit breaker, which pauses automatic retraining after too many refusals in a row.",
+    epilog='Example: ballast breaker reset --reason "the features are mended"',
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(breaker, name="breaker")
+
+
+@breaker.command(epilog='Example: ballast breaker reset --reason "the features are mended"')
+def reset(reason: Reason, as_json: AsJson = False) -> None:
+    """Close it: automatic retraining goes on, and the refusals are counted anew. `ballast status` shows it."""
+    from pipelines import breaker as breakers
+    from pipelines.state import State
+
+    found = breakers.reset(State(), reason, breakers.settings().refusals)
     _print_json(found) if as_json else typer.echo(found["summary"])
 
 

@@ -8,6 +8,7 @@ switched off; the rules of params.yaml (rules.py) come after it. A refusal is a 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import statistics
 import time
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from pipelines import metrics, params, provenance, record, registry, rows, rules, stage, tracking
+from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.params import Params
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
     from pipelines.metrics import Floats
     from pipelines.model import Model
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -331,6 +335,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     state, found = State(), read_json(registered)
     ledger = state.ledger()
     gate = params.load(settings, "decide", DecideParams)
+    limit = params.load(settings, "breaker", BreakerParams).refusals
     challenger, champion = _side(found["version"]), next(map(_side, champions(ledger)[-1:]), None)
     as_of, trained = params.as_of(settings), _trained_keys(test.parent)
     verdict = decide(challenger, champion, rows.read(test), tables, quarantine, gate, as_of, trained)
@@ -339,9 +344,9 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     version = registry.version(challenger.version)
     made = (digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
     state.remember(Decision(*made, data=provenance.data()))
-    freeze = frozen(ledger)
+    said = [verdict.summary, *_standing(state, version.number, limit)]
     return {
-        "summary": verdict.summary + (f" · {freeze_words(freeze)}" if freeze else ""),
+        "summary": " · ".join(said),
         "verdict": verdict.verdict,
         "reasons": verdict.reasons,
         "warnings": verdict.warnings,
@@ -351,6 +356,15 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
         "run_id": version.run_id,
         "experiment_id": tracking.run_data(version.run_id).experiment_id,
     }
+
+
+def _standing(state: State, version: int, limit: int) -> list[str]:
+    """What else a person must know of now: a freeze, and the breaker that this refusal opens or keeps open."""
+    freeze, breaker = frozen(state.ledger()), read(state, limit)
+    if breaker.is_open:
+        log.warning("Automatic retraining pauses: %s", breaker.words)
+        registry.set_tags(version, {"ballast.breaker": breaker.words})
+    return [*([freeze_words(freeze)] if freeze else []), *([breaker.words] if breaker.is_open else [])]
 
 
 def _side(version: int) -> Side:

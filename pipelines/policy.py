@@ -2,7 +2,7 @@
 
 retrain   the champion is measurably worse, or more of its inputs have moved than it can be trusted with
 wait      nothing says so
-hold      retraining could not help: there is no champion, or the batch is broken at its source
+hold      retraining could not help: there is no champion, the batch is broken at its source, or the breaker is open
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import Field
 
-from pipelines import page, params, places, registry, stage
+from pipelines import page, params, places, provenance, registry, stage
+from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
 from pipelines.params import Params
@@ -32,8 +33,8 @@ class PolicyParams(Params):
     max_drifted_share: float = Field(ge=0, le=1)
 
 
-def policy(verdict: dict[str, Any], settings: PolicyParams) -> dict[str, Any]:
-    """Decide by drift's ``verdict``; the reasons are those of the decision."""
+def policy(verdict: dict[str, Any], settings: PolicyParams, paused: str | None = None) -> dict[str, Any]:
+    """Decide by drift's ``verdict``; the reasons are those of the decision. ``paused``: why retraining is, if so."""
     found = {
         "as_of": verdict["end"],
         "interval": f"{verdict['start']}..{verdict['end']}",
@@ -42,6 +43,8 @@ def policy(verdict: dict[str, Any], settings: PolicyParams) -> dict[str, Any]:
     if obstacle := _obstacle(verdict):
         return _decision("hold", [obstacle], found)
     judged = [_performance(verdict["performance"], settings), _drift(verdict["inputs"], settings)]
+    if paused:
+        return _decision("hold", [paused, *(reason for _, reason in judged)], found)
     if reasons := [reason for fires, reason in judged if fires]:
         return _decision("retrain", reasons, found)
     return _decision("wait", [reason for _, reason in judged], found)
@@ -115,7 +118,9 @@ def main() -> None:
     """Decide, then lay out the page of this window and the index of all."""
     options = _options()
     verdict = read_json(options.drift)
-    decision = policy(verdict, params.load(options.params, "policy", PolicyParams))
+    breaker = read(State(), params.load(options.params, "breaker", BreakerParams).refusals)
+    paused = breaker.words if breaker.stops(provenance.data()) else None
+    decision = policy(verdict, params.load(options.params, "policy", PolicyParams), paused)
     reports = places.var() / "reports"
     folder = page.publish(reports, verdict, decision, options.drift.parent / "report.html")
     run = _attach(verdict["version"], folder)

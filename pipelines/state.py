@@ -46,7 +46,7 @@ GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 
 Move = Literal["promote", "rollback", "force"]  # what makes a version champion
-Note = Literal["freeze", "unfreeze"]  # what a person says that moves no champion
+Note = Literal["freeze", "unfreeze", "reset"]  # what a person says that moves no champion
 MOVES: tuple[Move, ...] = get_args(Move)
 
 metadata = MetaData()
@@ -126,7 +126,7 @@ class State:
         self._make_sure()
 
     def ledger(self) -> list[Entry]:
-        """Every move of the champion, freeze and unfreeze, the oldest first."""
+        """Every move of the champion, freeze, unfreeze and reset of the breaker, the oldest first."""
         with self._begin() as connection:
             return [Entry(**row) for row in connection.execute(select(_ledger).order_by(_ledger.c.seq)).mappings()]
 

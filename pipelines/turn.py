@@ -35,7 +35,7 @@ PATIENCE_S = 20.0  # a machine that trains may leave Airflow little to answer wi
 LAST_LINES = 12
 WIDTH = 100
 OUTPUT = ("task.stdout", "task.stderr")  # printed, rather than logged: it may arrive late, amid Airflow's own words
-VERDICTS = r"\b(PROMOTE|REFUSE|RETRAIN|WAIT|HOLD|MOVED|WORSE)\b"
+VERDICTS = r"\b(PROMOTE|REFUSE|PAUSED|RETRAIN|WAIT|HOLD|MOVED|WORSE)\b"
 
 
 class RunFailed(BallastError):

@@ -40,17 +40,22 @@ def look() -> list[StepOperator]:
 
 
 def retrain() -> None:
-    """From the source to a verdict on the challenger. A refusal is a result, not a failure."""
+    """From the source to a verdict on the challenger. A refusal is a result, not a failure; so is a pause before it."""
     ready = AnnounceOperator(
         task_id="challenger_ready",
         asset=CHALLENGER_READY,
         step="decide",
         keys=["version", "record_sha256", "as_of", "summary"],
     )
-    refused = EmptyOperator(task_id="refused")
+    refused, paused = EmptyOperator(task_id="refused"), EmptyOperator(task_id="paused")
+    prepare = StepOperator(step="prepare")
     chain(
         *look(),
-        StepOperator(step="prepare"),
+        StepOperator(step="admit", branches={"go": prepare.task_id, "pause": paused.task_id}),
+        [prepare, paused],
+    )
+    chain(
+        prepare,
         StepOperator(step="train", pool=TRAINING_POOL, execution_timeout=timedelta(hours=6)),
         StepOperator(step="evaluate"),
         StepOperator(step="register", pool=PROMOTION_POOL),

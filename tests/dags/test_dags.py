@@ -69,6 +69,7 @@ def test_retraining_dags_share_one_chain(dags: dict[str, Any]) -> None:
     assert len(graphs) == 3
     assert graphs["retrain_scheduled"] == graphs["retrain_on_drift"] == graphs["retrain_on_alert"]
     assert graphs["retrain_scheduled"]["decide"] == ["challenger_ready", "refused"]
+    assert graphs["retrain_scheduled"]["admit"] == ["paused", "prepare"]
 
 
 def test_pools_of_one_slot_guard_training_and_the_registry(dags: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pipelines import cli, registry
 from pipelines.promote import promote
 from pipelines.state import State
 
-COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "tune"]
+COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "breaker", "tune"]
 
 
 @pytest.fixture
@@ -299,6 +299,19 @@ def test_promote_by_force_without_a_reason_asks_nothing(two: Project, ballast: A
     said = "error: A promotion by force needs a reason: it stays in the ledger. Pass --reason TEXT.\n"
     assert ballast("promote", "3", "--force", "--yes") == (1, "", said)
     assert ballast("promote", "3", "--reason", "odd")[2].startswith("error: `--reason` goes with `--force`")
+
+
+def test_breaker_is_shown_and_reset(two: Project, ballast: Any) -> None:
+    assert re.search(r"breaker +closed: 1 of 3 refusals in a row", ballast("status")[1])
+    for digest in "de":
+        two.decided(two.bare_version(digest * 64), digest * 64, "refuse")
+    assert re.search(r"breaker +OPEN: 3 retrainings in a row were refused \(v3, v4, v5\)", ballast("status")[1])
+    assert json.loads(ballast("status", "--json")[1])["breaker"]["open"] is True
+    code, out, _ = ballast("breaker", "reset", "--reason", "mended")
+    assert (code, out.split(" (by ")[0]) == (0, "breaker closed: mended")
+    assert re.search(r"  3  20.* reset +v2 +mended", ballast("history")[1])
+    assert not re.search(r"^ +breaker", ballast("status")[1], re.MULTILINE)
+    assert ballast("breaker", "reset", "--reason", "again")[2].startswith("error: The breaker is not open")
 
 
 def test_promote_without_a_decision_fails_in_one_line(two: Project, ballast: Any) -> None:

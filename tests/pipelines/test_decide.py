@@ -288,6 +288,21 @@ def test_judge_while_promotion_is_frozen_says_so_beside_its_verdict(project: Pro
     assert "frozen" not in read(project.root / "data" / "decide" / "record.json")["summary"], "it is not why"
 
 
+def test_judge_that_refuses_once_too_often_says_that_the_breaker_is_open(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = project.root / "params.yaml"
+    settings.write_text(settings.read_text().replace("refusals: 3", "refusals: 2").replace("0.69", "0.01"))
+    project.train()
+    project.register()
+    assert "breaker" not in project.decide()["summary"]
+    result = project.decide()
+    assert result["verdict"] == "refuse"
+    assert "· breaker OPEN: 2 retrainings in a row were refused (v1)." in result["summary"]
+    assert "Automatic retraining pauses: breaker OPEN" in caplog.text
+    assert registry.version(1).tags["ballast.breaker"].startswith("breaker OPEN: 2")
+
+
 def test_judge_keeps_a_record_that_says_what_was_compared_with_what(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

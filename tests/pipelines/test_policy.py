@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from pipelines.files import read_json, write_json
 from pipelines.policy import PolicyParams, main, policy
+from pipelines.state import Decision, State
 
 SETTINGS = PolicyParams(min_labelled_rows=1000, max_log_loss_rise=0.03, max_drifted_share=0.5)
 
@@ -139,6 +140,7 @@ def run_main(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, A
     (tmp_path / "params.yaml").write_text(
         "policy: {min_labelled_rows: 1000, max_log_loss_rise: 0.03, max_drifted_share: 0.5}\n"
         "register: {model: flight_delays}\n"
+        "breaker: {refusals: 2}\n"
     )
     write_json(tmp_path / "data" / "drift" / "verdict.json", found)
     main()
@@ -159,6 +161,22 @@ def test_main_lays_out_the_page_and_says_where(tmp_path, monkeypatch):
     assert result["verdict"] == "hold"
     assert "HOLD" in (tmp_path / "var" / result["page"]).read_text()
     assert (tmp_path / "var" / "reports" / "index.html").exists()
+
+
+def test_main_while_the_breaker_is_open_holds_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("BALLAST_STATE_URI", f"sqlite:///{tmp_path / 'state.db'}")
+    losses = {"rise": 0.08, "worse": True, "log_loss": 0.58, "reference_log_loss": 0.5}
+    worse = without_champion() | {"version": 3}
+    worse["performance"] = verdict()["performance"] | losses | {"auc": None, "reference_auc": None, "words": ""}
+    for number in range(2):
+        State().remember(Decision(f"{number:064}", 4, "refuse", "", "2013-05-01", f"2026-11-0{number + 1}", data="a"))
+    (tmp_path / "dvc.lock").write_text("stages: {ingest: {outs: [{path: data/ingest/tables, md5: a}]}}")
+    result = run_main(tmp_path, monkeypatch, worse)
+    assert result["verdict"] == "hold"
+    assert result["summary"].startswith("HOLD · breaker OPEN: 2 retrainings in a row were refused (v4).")
+    assert "log loss worse by 0.080" in result["summary"]
+    (tmp_path / "dvc.lock").write_text("stages: {ingest: {outs: [{path: data/ingest/tables, md5: new}]}}")
+    assert run_main(tmp_path, monkeypatch, worse)["verdict"] == "retrain"
 
 
 def test_main_mlflow_away_keeps_the_page_and_warns(tmp_path, monkeypatch, caplog):

@@ -91,7 +91,8 @@ RETRAINING = dict.fromkeys(("land", "ingest", "validate", "prepare", "train", "e
 
 def decided(verdict: str) -> dict[str, Any]:
     record = {"version": 3, "record_sha256": "ab", "as_of": "2013-04-01", "summary": "words", "rows": "many"}
-    return {**RETRAINING, "decide": {"result": {**record, "verdict": verdict}}}
+    admitted = {"result": {**PINNED["result"], "verdict": "go"}}
+    return {**RETRAINING, "admit": admitted, "decide": {"result": {**record, "verdict": verdict}}}
 
 
 def test_retraining_passed_challenger_is_announced_with_its_record(pipeline: Pipeline, run: Callable[..., Any]) -> None:
@@ -104,7 +105,7 @@ def test_retraining_passed_challenger_is_announced_with_its_record(pipeline: Pip
     assert payload == {"version": 3, "record_sha256": "ab", "as_of": "2013-04-01", "summary": "words"}
     land, *others = pipeline.calls()
     assert "--as-of" not in land["argv"], "without a date the clock is asked"
-    assert len(others) == 7
+    assert len(others) == 8
     assert all(call["argv"][-2:] == ["--as-of", "2013-04-01"] for call in others), "the first date is pinned"
 
 
@@ -120,6 +121,19 @@ def test_retraining_refused_challenger_is_a_green_run_that_keeps_its_alert(
     assert land["trigger"]["kind"] == "alert"
     assert land["trigger"]["reason"] == "it fell"
     assert land["trigger"]["conf"]["alert"] == {"fingerprint": "f1"}
+
+
+def test_retraining_while_the_breaker_is_open_ends_green_in_a_branch_of_its_own(
+    pipeline: Pipeline, run: Callable[..., Any]
+) -> None:
+    pipeline.tell(**{**decided("promote"), "admit": {"result": {**PINNED["result"], "verdict": "pause"}}})
+    dag_run = run("retrain_on_alert")
+    assert dag_run.state == "success"
+    found = states(dag_run)
+    assert (found["admit"], found["paused"]) == ("success", "success")
+    others = ("prepare", "train", "evaluate", "register", "decide", "challenger_ready", "refused")
+    assert {found[task] for task in others} == {"skipped"}
+    assert [call["argv"][0] for call in pipeline.calls()] == ["land", "ingest", "validate", "admit"]
 
 
 def test_retraining_rejected_data_stops_the_run_at_once(pipeline: Pipeline, run: Callable[..., Any]) -> None:
