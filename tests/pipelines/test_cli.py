@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -13,12 +14,14 @@ from socket import create_server
 from typing import Any
 
 import pytest
+import typer
 from conftest import Project
 
 from pipelines import cli, registry
 from pipelines.promote import promote
 from pipelines.state import State
 
+OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "breaker", "tune"]
 
 
@@ -71,6 +74,15 @@ def test_help_of_a_command_has_an_example(ballast: Any, name: str) -> None:
     code, out, _ = ballast(name, "--help")
     assert code == 0
     assert f"Example: ballast {name}" in out
+
+
+@pytest.mark.parametrize("line", re.findall(r"^ballast .*$", OPERATIONS.read_text(), re.MULTILINE))
+def test_operations_page_shows_commands_that_are_there(line: str) -> None:
+    command: Any = typer.main.get_command(cli.app)
+    name, arguments = "ballast", shlex.split(line)[1:]
+    while hasattr(command, "resolve_command"):
+        name, command, arguments = command.resolve_command(command.context_class(command), arguments)
+    command.make_context(name, arguments)  # raises for an option or a value that is not there
 
 
 def test_status_before_anything_happened_says_so(project: Project, ballast: Any) -> None:
