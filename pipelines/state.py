@@ -148,7 +148,7 @@ class State:
 
         def check(ledger: list[Entry]) -> None:
             if kind == "promote" and (freeze := frozen(ledger)):
-                raise Held(f"{freeze_words(freeze)}. v{to_version} is not promoted")
+                raise Held(f"{freeze_words(freeze)}. v{to_version} waits for `ballast unfreeze --reason TEXT`")
             if head != GENESIS and head not in {entry.hash for entry in ledger}:
                 raise Conflict(
                     f"The ledger has no entry {head[:12]}: it is not the ledger that was read before. Look again."

@@ -275,7 +275,7 @@ def test_freeze_before_the_first_model_holds_it(project: Project, ballast: Any) 
     project.decided(version, "a" * 64)
     code, out, _ = ballast("promote", "1")
     assert (code, State().champion()) == (1, None)
-    assert re.match(r"frozen: not yet \(by \w+, since 20.* UTC\)\. v1 is not promoted", out)
+    assert re.match(r"frozen: not yet \(by \w+, since 20.* UTC\)\. v1 waits for `ballast unfreeze --reason TEXT`", out)
     assert re.search(r"champion +none yet", ballast("status")[1])
     assert re.search(r"  1  20.* freeze +none +not yet", ballast("history")[1])
     assert "passed the gate meanwhile: `ballast promote 1`" in ballast("unfreeze", "--reason", "now")[1]

@@ -161,7 +161,10 @@ def test_promote_while_frozen_is_held_and_goes_through_once_thawed(served: Proje
     freeze(State(), "peak season")
     result = promote(version, made, State())
     assert (result["verdict"], result["moved"], result["from"], result["to"]) == ("held", False, 3, 3)
-    assert re.fullmatch(r"frozen: peak season \(by \w+, since .* UTC\)\. v4 is not promoted", result["summary"])
+    assert re.fullmatch(
+        r"frozen: peak season \(by \w+, since .* UTC\)\. v4 waits for `ballast unfreeze --reason TEXT`",
+        result["summary"],
+    )
     assert (State().champion(), registry.aliases()["champion"]) == (3, 3)
     assert unfreeze(State(), "over")["passed_meanwhile"] is None, "its decision was made before"
     assert promote(version, made, State())["verdict"] == "promoted"

@@ -125,7 +125,7 @@ def test_note_moves_no_champion_and_leaves_the_head(state: State) -> None:
 def test_append_while_frozen_holds_a_promotion_and_no_rollback(state: State) -> None:
     add(state, ("promote", 1), ("promote", 2))
     freeze(state)
-    with pytest.raises(Held, match=r"frozen: peak season \(by ana, since 20.* UTC\). v3 is not promoted"):
+    with pytest.raises(Held, match=r"frozen: peak season \(by ana, since 20.* UTC\). v3 waits for `ballast unfreeze"):
         add(state, ("promote", 3))
     add(state, ("rollback", 1))
     with pytest.raises(Held):
