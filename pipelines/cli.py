@@ -397,6 +397,47 @@ def reset(reason: Reason, as_json: AsJson = False) -> None:
     _print_json(found) if as_json else typer.echo(found["summary"])
 
 
+# --- reproduce
+
+
+@app.command(epilog="Example: ballast reproduce 2")
+def reproduce(
+    version: Annotated[int, typer.Argument(help="The number of a registered version.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="The largest difference of a prediction that still counts as equal.")
+    ] = 0.01,
+    build: Annotated[bool, typer.Option(help="Install the recorded environment where this is another.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """The same model again, from its records. Exit code: 0 identical, 3 equal within the tolerance, 4 different."""
+    from pipelines import reproduce as again
+
+    out = _console()
+
+    def say(name: str, text: str) -> None:
+        if not as_json:
+            _line(out, name, _plain(text))
+
+    found = again.reproduce(version, tolerance, build, say)
+    _print_json(found) if as_json else _show_reproduction(found)
+    raise typer.Exit(again.EXIT_CODES[found["outcome"]])
+
+
+def _show_reproduction(found: dict[str, Any]) -> None:
+    out, digest, predictions = _console(), found["digest"], found["predictions"]
+    name, rows = f"{found['model']} v{found['version']}", f"{predictions['rows']:,} test rows"
+    if found["outcome"] == "identical":
+        same = f"model {digest['reproduced'][:12]} and its predictions on {rows} are those of {name}, to the last bit"
+        _line(out, "IDENTICAL", f"[green]{same}[/green]")
+        return
+    models = f"model {digest['reproduced'][:12]}, registered as {digest['registered'][:12]}"
+    differing = f"{predictions['differing']:,} of {rows} are predicted otherwise"
+    largest = f"by at most {predictions['max_difference']:.2g} (tolerance {found['tolerance']:g})"
+    _line(out, found["outcome"].upper(), f"[yellow]{models}; {differing}, {largest}[/yellow]")
+    for reason in found["reasons"]:
+        _line(out, "", _plain(reason))
+
+
 # --- tune
 
 
@@ -497,7 +538,7 @@ def _console() -> Console:
 
 
 def _line(out: Console, name: str, text: str) -> None:
-    out.print(f"  {name:<11}{text}")
+    out.print(f"  {name:<10} {text}")
 
 
 def _plain(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -90,6 +91,11 @@ def command(pid: int) -> str:
         raw = (PROC / str(pid) / "cmdline").read_bytes()
         return raw.replace(b"\0", b" ").decode(errors="replace").strip()[:80]
     return ""
+
+
+def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Ask Linux for a signal when the parent ends (prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal_number)
 
 
 def listener(port: int) -> int | None:

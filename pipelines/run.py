@@ -8,7 +8,6 @@ turn every exit code into 255 and, on SIGTERM, die and leave the stage running.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
+from pipelines.processes import die_with_parent
 from pipelines.workspace import Workspace, ensure, note_step, owned
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int)
     Exits this process with the command's code if it fails, so that the code's meaning reaches whoever runs us.
     """
     process = subprocess.Popen(
-        command, cwd=root, env=env, pass_fds=(lock,), start_new_session=True, preexec_fn=_die_with_parent
+        command, cwd=root, env=env, pass_fds=(lock,), start_new_session=True, preexec_fn=die_with_parent
     )
     note_step(lock, process.pid)
     try:
@@ -159,11 +159,6 @@ def _terminated(*_: object) -> NoReturn:
 def _kill_group(group: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-
-
-def _die_with_parent(signal_number: int = signal.SIGKILL) -> None:
-    """Ask Linux for a signal when the parent ends (prctl PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal_number)
 
 
 def environment(dag_id: str, run_id: str) -> dict[str, str]:
@@ -206,7 +201,7 @@ def main() -> None:
     options, arguments = _parse()
     parent = os.getppid()
     signal.signal(signal.SIGTERM, _terminated)
-    _die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         raise TryAgain("The process that asked for this step is gone. Nothing was done.")
     workspace = ensure(options.dag_id, options.run_id, _date(options.as_of))

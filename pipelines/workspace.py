@@ -62,9 +62,9 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) ->
 
             as_of = today()
         with whole_folder(root) as part:
-            _clone(origin, commit, part)
+            clone(origin, commit, part)
             _refuse_foreign_lock(part)
-            _configure_dvc(origin, part)
+            share_cache(origin, part)
             _set_as_of(part / "params.yaml", as_of)
     began = params.as_of(root / "params.yaml")
     if as_of and as_of != began:
@@ -151,7 +151,8 @@ def _warn_of_uncommitted(origin: Path) -> None:
         print("not part of this run (uncommitted in the checkout): " + ", ".join(line[3:] for line in changed))
 
 
-def _clone(origin: Path, commit: str, into: Path) -> None:
+def clone(origin: Path, commit: str, into: Path) -> None:
+    """Clone the project at a commit; the objects are shared with the origin."""
     _git(origin, "clone", "--quiet", "--shared", "--no-checkout", str(origin), str(into))
     _git(into, "-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
 
@@ -166,7 +167,7 @@ def _refuse_foreign_lock(root: Path) -> None:
         )
 
 
-def _configure_dvc(origin: Path, root: Path) -> None:
+def share_cache(origin: Path, root: Path) -> None:
     """Share the origin's cache and remote: ``config.local`` does not travel, and relative paths would not hold."""
     from dvc.repo import Repo
 

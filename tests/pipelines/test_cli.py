@@ -17,7 +17,7 @@ import pytest
 import typer
 from conftest import Project
 
-from pipelines import cli, registry
+from pipelines import cli, registry, reproduce
 from pipelines.promote import promote
 from pipelines.state import State
 
@@ -340,3 +340,30 @@ def test_state_that_cannot_be_written_fails_in_one_line(
     assert (code, out) == (1, "")
     assert err.startswith("error: There can be no state store at sqlite:////proc/none/state.db")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("identical", 0), ("equal", 3), ("different", 4)])
+def test_reproduce_says_by_its_exit_code_what_came_out(
+    two: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch, outcome: str, code: int
+) -> None:
+    def made(number: int, tolerance: float, build: bool, say: Any) -> dict[str, Any]:
+        say("train", "hgb [refitted]")
+        return {
+            "model": "late",
+            "version": number,
+            "outcome": outcome,
+            "reasons": ["threads: 4 then, 1 here"],
+            "tolerance": tolerance,
+            "digest": {"registered": "a" * 64, "reproduced": "b" * 64},
+            "predictions": {"rows": 1200, "differing": 7, "max_difference": 0.002},
+        }
+
+    monkeypatch.setattr(reproduce, "reproduce", made)
+    found, out, _ = ballast("reproduce", "2")
+    assert found == code
+    assert out.startswith("  train      hgb [refitted]\n")
+    if outcome != "identical":
+        assert "7 of 1,200 test rows are predicted otherwise, by at most 0.002 (tolerance 0.01)" in out
+        assert out.endswith("threads: 4 then, 1 here\n")
+    found, out, _ = ballast("reproduce", "2", "--json", "--tolerance", "0.5", "--no-build")
+    assert (found, json.loads(out)["tolerance"]) == (code, 0.5)
