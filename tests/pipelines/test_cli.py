@@ -342,6 +342,13 @@ def test_state_that_cannot_be_written_fails_in_one_line(
     assert err.count("\n") == 1
 
 
+def test_explain_before_any_promotion_says_that_it_never_served(project: Project, ballast: Any) -> None:
+    project.bare_version("a" * 64)
+    code, out, _ = ballast("explain", "1")
+    assert code == 0
+    assert "served     never" in out
+
+
 @pytest.mark.parametrize(("outcome", "code"), [("identical", 0), ("equal", 3), ("different", 4)])
 def test_reproduce_says_by_its_exit_code_what_came_out(
     two: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch, outcome: str, code: int
