@@ -397,6 +397,30 @@ def reset(reason: Reason, as_json: AsJson = False) -> None:
     _print_json(found) if as_json else typer.echo(found["summary"])
 
 
+# --- card
+
+
+@app.command(epilog="Example: ballast card 2 --html card.html")
+def card(
+    version: Annotated[int, typer.Argument(help="The number of a registered version.")],
+    html: Annotated[Path | None, typer.Option(help="Write it as a page, with its plots, to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The model card of a version, as of now: intended use, data, worth, slices, limits, and where it comes from."""
+    from pipelines import card as cards
+    from pipelines.files import whole_file
+    from pipelines.state import State
+
+    found = cards.facts(version, State())
+    if html:
+        with whole_file(html) as part:
+            part.write_text(cards.html(found), encoding="utf-8")
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo(f"written to {html}" if html else cards.markdown(found).strip())
+
+
 # --- reproduce
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import calendar
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -47,7 +48,7 @@ def publish(reports: Path, verdict: Verdict, decision: Verdict, evidently: Path)
 
 def window_page(verdict: Verdict, decision: Verdict, evidently: bool) -> str:
     """The page of one window, as HTML; ``evidently`` says whether Evidently's report lies beside it."""
-    return _render(
+    return render(
         "window.html",
         title=window_name(verdict["start"], verdict["end"]),
         verdict=verdict,
@@ -55,7 +56,7 @@ def window_page(verdict: Verdict, decision: Verdict, evidently: bool) -> str:
         evidently=evidently,
         answers=answers(verdict),
         columns=_bars(verdict["inputs"]["columns"]),
-        calibration=_calibration(verdict["performance"].get("calibration")),
+        calibration=square_chart(verdict["performance"].get("calibration")),
     )
 
 
@@ -65,7 +66,7 @@ def index_page(reports: Path) -> str:
         path.parent for path in reports.glob("monitor/*/policy.json") if not path.parent.name.startswith(".")
     )
     windows = [_window(folder) for folder in folders]
-    return _render("index.html", windows=windows, chart=_history(windows))
+    return render("index.html", windows=windows, chart=_history(windows))
 
 
 def answers(verdict: Verdict) -> list[Answer]:
@@ -155,16 +156,17 @@ def _bars(columns: dict[str, Verdict]) -> list[Verdict]:
     return sorted(rows, key=lambda row: (-row["excess"], row["name"]))
 
 
-def _calibration(curves: Verdict | None) -> Verdict | None:
-    """Both curves as SVG points in a square of 100, y down, scaled to the largest rate."""
+def square_chart(
+    curves: Mapping[str, Sequence[Mapping[str, float]]] | None, x: str = "predicted", y: str = "observed"
+) -> Verdict | None:
+    """Curves of rates as SVG points in a square of 100, y down, scaled to the largest rate."""
     if curves is None:
         return None
-    rates = [point[axis] for curve in curves.values() for point in curve for axis in ("predicted", "observed")]
+    rates = [point[axis] for curve in curves.values() for point in curve for axis in (x, y)]
     step = 0.1 if max(rates) < 0.6 else 0.2
     top = min(1.0, _ceil(max(rates), step))
     place = {
-        name: [(100 * point["predicted"] / top, 100 - 100 * point["observed"] / top) for point in curve]
-        for name, curve in curves.items()
+        name: [(100 * point[x] / top, 100 - 100 * point[y] / top) for point in curve] for name, curve in curves.items()
     }
     ticks = [(n * step, 100 * n * step / top) for n in range(round(top / step) + 1)]
     return {"ticks": ticks, "points": place, "lines": {name: _line(points) for name, points in place.items()}}
@@ -233,12 +235,13 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def _render(template: str, **values: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+def render(template: str, **values: Any) -> str:
+    """Fill one of the templates in ``pages/``; what goes into HTML is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
+        autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from pipelines import provenance, registry, stage, tracking
+from pipelines import card, provenance, registry, stage, tracking
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
+from pipelines.state import State
 
 
 def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict
     run_id = tracking.complete_run(tracking.EXPERIMENT, digest, _evidence(trained, train, evaluate, prepare, settings))
     tags = {**_origin(schema), **_refit(trained)}
     version, created = registry.register(folder, features, digest, provenance.data_lock(), run_id, tags)
+    card.keep(version.number, State())
     name = registry.name()
     return {
         "summary": f"{name} v{version.number}" + ("" if created else " · known: the same model of the same data"),
@@ -64,6 +66,7 @@ def _evidence(
             (prepare.parent / "validate" / "verdict.json", "validate"),
             (settings, ""),
             (Path("dvc.lock"), ""),
+            (card.WORDS, card.FOLDER),
         ],
     )
 

@@ -349,6 +349,15 @@ def test_explain_before_any_promotion_says_that_it_never_served(project: Project
     assert "served     never" in out
 
 
+def test_card_prints_markdown_or_writes_the_page(two: Project, ballast: Any) -> None:
+    code, out, _ = ballast("card", "2")
+    assert (code, out.splitlines()[0]) == (0, "# late v2")
+    assert "- passed · test: for [the] test" in out
+    assert ballast("card", "2", "--html", "card.html")[:2] == (0, "written to card.html\n")
+    assert (two.root / "card.html").read_text().startswith("<!doctype html>")
+    assert json.loads(ballast("card", "2", "--json")[1])["decision"]["verdict"] == "promote"
+
+
 @pytest.mark.parametrize(("outcome", "code"), [("identical", 0), ("equal", 3), ("different", 4)])
 def test_reproduce_says_by_its_exit_code_what_came_out(
     two: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch, outcome: str, code: int
