@@ -68,7 +68,7 @@ def facts(number: int, state: State) -> dict[str, Any]:
         "calibration": _rows(run_id, "evaluate/calibration.csv"),
         "roc": _rows(run_id, "evaluate/roc.csv"),
         "importance": [{"feature": row["feature"], "importance": float(row["importance"])} for row in importance],
-        "hashes": _hashes(run_id),
+        "hashes": _hashes(run_id, known["data"]["lock"]),
         "lineage": _lineage(known, run_id),
     }
 
@@ -120,9 +120,10 @@ def _block(text: str) -> str | list[str]:
     return [" ".join(item.split()) for item in f"\n{text}".split("\n- ")[1:]]
 
 
-def _hashes(run_id: str) -> dict[str, str]:
+def _hashes(run_id: str, lock_sha256: str) -> dict[str, str]:
     """What the data stages put out, by the hash that dvc.lock has for it."""
-    lock = yaml.safe_load(_text(run_id, "dvc.lock") or "")
+    own = _text(run_id, f"{registry.records(lock_sha256)}/dvc.lock")
+    lock = yaml.safe_load(own or _text(run_id, "dvc.lock") or "")
     stages = lock.get("stages", {}) if isinstance(lock, dict) else {}
     return {
         out["path"]: out["md5"]

@@ -49,6 +49,7 @@ def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict
 def _evidence(
     trained: Mapping[str, Any], train: Path, evaluate: Path, prepare: Path, settings: Path
 ) -> tracking.Evidence:
+    lock = provenance.data_lock()
     candidates = trained["candidates"]
     metrics = {f"{name}/{key}": value for name, found in candidates.items() for key, value in found.items()}
     metrics |= {f"test_{key}": value for key, value in read_json(evaluate / "metrics.json").items()}
@@ -66,6 +67,7 @@ def _evidence(
             (prepare.parent / "validate" / "verdict.json", "validate"),
             (settings, ""),
             (Path("dvc.lock"), ""),
+            *((file, registry.records(lock)) for file in (Path("dvc.lock"), settings) if lock),
             (card.WORDS, card.FOLDER),
         ],
     )

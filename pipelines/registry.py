@@ -220,6 +220,11 @@ def attached(number: int, under: str) -> bytes | None:
     return tracking.attached(version(number).run_id, under)
 
 
+def records(lock: str) -> str:
+    """The artifact folder of what was made under one dvc.lock: two versions of the same model may share a run."""
+    return f"records/{lock[:12]}"
+
+
 # --- aliases
 
 

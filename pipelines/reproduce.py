@@ -120,7 +120,7 @@ def reproduce(
 
 def _records(version: Version) -> Records:
     """Raise BallastError if something that a reproduction needs was not kept, or is not what was kept."""
-    kept = {name: registry.attached(version.number, name) for name in ("dvc.lock", "params.yaml", "environment.json")}
+    kept = {name: _kept(version, name) for name in ("dvc.lock", "params.yaml", "environment.json")}
     if missing := [name for name in ("dvc.lock", "params.yaml") if kept[name] is None]:
         raise BallastError(
             f"With v{version.number} no {' and no '.join(missing)} was kept: what it was made of is not known by hash. "
@@ -130,11 +130,17 @@ def _records(version: Version) -> Records:
     if (found := hashlib.sha256(lock).hexdigest()) != version.lock:
         raise BallastError(
             f"The dvc.lock kept with v{version.number} is {found[:12]}, and it was registered under "
-            f"{version.lock[:12] or 'none'}: the run was used for another version, or someone changed the file. "
-            "Reproduce the version that was registered under it (`ballast explain` shows each one's)."
+            f"{version.lock[:12] or 'none'}: someone changed the file, or an older Ballast kept that of another "
+            "version in its place. It cannot be reproduced; train and register again."
         )
     environment = json.loads(kept["environment.json"] or b"{}")
     return Records(version.tags.get("ballast.commit", "unknown"), lock, settings, environment)
+
+
+def _kept(version: Version, name: str) -> bytes | None:
+    """An artifact of the version's own, else of its run: there alone older versions have theirs."""
+    own = registry.attached(version.number, f"{registry.records(version.lock)}/{name}")
+    return registry.attached(version.number, name) if own is None else own
 
 
 def _check_consistent(number: int, stages: Mapping[str, Any]) -> None:

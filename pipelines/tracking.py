@@ -362,6 +362,7 @@ def environment(step: str, params: Mapping[str, Any]) -> dict[str, Any]:
         "threads": params.get("threads"),
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "uv_lock_sha256": sha256(lock) if lock.exists() else None,
     }
 

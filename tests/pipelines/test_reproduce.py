@@ -73,9 +73,19 @@ def test_reproduce_without_a_kept_lock_refuses(project: Project) -> None:
 def test_reproduce_with_another_lock_than_the_registered_refuses(project: Project) -> None:
     version = registered(project)
     (project.root / "dvc.lock").write_text("stages: {}")
-    registry.attach(version, project.root / "dvc.lock", "")
+    registry.attach(version, project.root / "dvc.lock", registry.records(registry.version(version).lock))
     with pytest.raises(BallastError, match=r"The dvc\.lock kept with v1 is \w{12}, and it was registered under \w{12}"):
         reproduce.reproduce(version)
+
+
+def test_records_are_the_versions_own_where_two_share_a_run(project: Project) -> None:
+    """On a laptop: the same model under another lock, as after an edit of evaluate."""
+    first = registry.version(registered(project))
+    lock = (project.root / "dvc.lock").read_bytes()
+    second = registry.version(registered(project, evaluate={"cmd": "false", "deps": [], "outs": []}))
+    assert (first.run_id, first.number) == (second.run_id, second.number - 1)
+    assert reproduce._records(first).lock == lock
+    assert reproduce._records(second).stages["evaluate"]["cmd"] == "false"
 
 
 def test_reproduce_of_a_commit_that_is_gone_refuses_and_leaves_nothing(project: Project) -> None:

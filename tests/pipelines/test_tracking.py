@@ -52,6 +52,7 @@ def test_training_run_logs_parameters_history_and_environment(project: Project) 
     found = json.loads(Path(tracking.client().download_artifacts(live.run_id, "environment.json")).read_text())
     assert (found["recorded_by"], found["threads"]) == ("train", 2)
     assert found["cpu_capability"]
+    assert "gpu" in found
 
 
 def test_training_run_of_a_repeated_dag_run_goes_on_in_the_same_run(
