@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from pipelines import metrics, params, provenance, record, registry, rows, rules, stage, tracking
+from pipelines import card, metrics, params, provenance, record, registry, rows, rules, stage, tracking
 from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
 from pipelines.files import read_json
@@ -344,6 +344,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     version = registry.version(challenger.version)
     made = (digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
     state.remember(Decision(*made, data=provenance.data()))
+    card.keep(version.number, state)
     said = [verdict.summary, *_standing(state, version.number, limit)]
     return {
         "summary": " · ".join(said),
