@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
@@ -270,6 +274,61 @@ def test_force_without_a_reason_or_of_the_champion_or_late_changes_nothing(serve
     with pytest.raises(Conflict, match="moved meanwhile"):
         force(4, "late", State(), head=seen)
     assert State().champion() == 2
+
+
+ATTEMPTS = """
+import json, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pipelines import registry
+from pipelines.errors import Conflict
+from pipelines.promote import promote
+from pipelines.state import State
+
+def attempt(one):
+    try:
+        return [one[0], promote(*one, State())["verdict"]]
+    except Conflict as conflict:
+        return [one[0], str(conflict)]
+
+tasks = json.loads(sys.argv[1])
+registry.versions()
+Path(f"ready-{sys.argv[2]}").touch()
+while not Path("go").exists():
+    time.sleep(0.01)
+with ThreadPoolExecutor(len(tasks)) as pool:
+    print(json.dumps(list(pool.map(attempt, tasks))))
+"""
+
+
+@pytest.mark.parametrize(("processes", "each"), [(3, 8), pytest.param(8, 25, marks=pytest.mark.e2e)], ids=["24", "200"])
+def test_promote_by_many_processes_at_once_keeps_one_champion_and_tells_the_others(
+    project: Project, processes: int, each: int
+) -> None:
+    first = project.bare_version("first")
+    promote(first, project.decided(first, "first"), State())
+    versions = {project.bare_version(f"{number}"): f"{number}" for number in range(processes * each)}
+    tasks = [(version, project.decided(version, digest)) for version, digest in versions.items()]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", ATTEMPTS, json.dumps(tasks[number::processes]), str(number)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(processes)
+    ]
+    while len(list(project.root.glob("ready-*"))) < processes and all(one.poll() is None for one in running):
+        time.sleep(0.05)
+    (project.root / "go").touch()
+    said = [pair for one in running for pair in json.loads(one.communicate(timeout=300)[0])]
+    assert [one.returncode for one in running] == [0] * processes
+    (winner,) = [version for version, words in said if words == "promoted"]
+    told = [words for version, words in said if version != winner]
+    assert len(told) == processes * each - 1
+    assert all(f"the champion has moved (it is v{winner}). Run decide again" in words for words in told)
+    assert ([entry.to_version for entry in State().ledger()], State().verify()) == ([first, winner], [])
+    assert registry.aliases() == {"champion": winner, "previous": first}
+    assert not champion.behind(State())
 
 
 def test_rollback_goes_back_by_champions_each_time_further(served: Project) -> None:
