@@ -43,7 +43,8 @@ def served(number: int, ledger: list[Entry]) -> list[dict[str, Any]]:
     """The times that a version was champion: from when to when, why, and which version came after."""
     times = []
     moved = moves(ledger)
-    for entry, after in zip(moved, [*moved[1:], None], strict=True):
+    for place, entry in enumerate(moved, start=1):
+        after = moved[place] if place < len(moved) else None
         if entry.to_version == number:
             times.append(
                 {

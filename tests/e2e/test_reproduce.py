@@ -78,6 +78,7 @@ def test_reproduce_gives_every_bit_again_and_touches_nothing(tmp_path: Path) -> 
     assert found["outcome"] == "identical"
     assert found["digest"]["registered"] == found["digest"]["reproduced"]
     assert found["predictions"] == {"rows": 615, "differing": 0, "max_difference": 0.0}
+    assert [stage["other_bytes"] for stage in found["stages"].values()] == [[], [], []]
     assert found["environment"]["recorded"] == found["environment"]["here"]
     assert (site.state(), list(scratch.iterdir())) == (before, [])
 
