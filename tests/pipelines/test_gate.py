@@ -29,6 +29,7 @@ PARAMS = """
 as_of: "2013-03-02"
 train: {seed: 1, threads: 2, tabm: {width: 8}}
 register: {model: late}
+breaker: {refusals: 3}
 decide:
   min_test_rows: 500
   min_test_days: 7
