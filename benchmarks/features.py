@@ -103,7 +103,7 @@ def result_of(months: list[Month], features: Features, params: TrainParams) -> R
     losses, areas = [], []
     for month in months:
         transform = Transform.fit(month.past, features)
-        past = Window(transform.encode(month.past), month.past["label"].to_numpy(np.float32))
+        past = Window.of(month.past, transform)
         with reproducible(params.seed, params.threads), contextlib.redirect_stdout(io.StringIO()):
             candidate = fit("hgb", past, None, transform, params)
             probability = candidate.predict(transform.encode(month.rows))

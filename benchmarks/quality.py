@@ -141,7 +141,7 @@ def boosted(year: Year, as_of: date, params: TrainParams, frame: pd.DataFrame) -
     prepared = load(year.params, "prepare", PrepareParams)
     known = year.known(as_of)
     transform = Transform.fit(known, prepared.features)
-    everything = Window(transform.encode(known), known["label"].to_numpy(np.float32))
+    everything = Window.of(known, transform)
     held_out = (known["time"] >= known["time"].max() - timedelta(days=prepared.validation_days)).to_numpy()
     past, recent = (Window(everything.matrix[part], everything.label[part]) for part in (~held_out, held_out))
     with reproducible(params.seed, params.threads):

@@ -77,7 +77,7 @@ def example(year: Year, folder: Path) -> Example:
     year.prepare(AS_OF, folder)
     frames = [rows.read(folder / f"{name}.parquet") for name in ("train", "validation")]
     transform = Transform.fit(frames[0], load(year.params, "prepare", PrepareParams).features)
-    train, validation = (Window(transform.encode(f), f["label"].to_numpy(np.float32)) for f in frames)
+    train, validation = (Window.of(frame, transform) for frame in frames)
     return Example(train, validation, transform)
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +51,30 @@ class Checkpoint:
                 torch.save(dict(state), part)
         self._last = time.monotonic()
 
-    @contextmanager
-    def guarding(self) -> Iterator[Callable[[], int]]:
-        """Yield a function that gives the signal by which the process was asked to end (SIGTERM, SIGINT), else 0.
+    def guarding(self) -> AbstractContextManager[Callable[[], int]]:
+        """``asked_to_end`` for whoever has a checkpoint to save before leaving; else signals do what they always do."""
+        return nullcontext(lambda: 0) if self._path is None else asked_to_end()
 
-        Whoever has a checkpoint saves it and leaves then; a second Ctrl-C ends the process as always.
-        """
-        if self._path is None:
-            yield lambda: 0
-            return
-        asked = [0]
 
-        def ask(number: int, frame: object) -> None:
-            asked.append(number)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextmanager
+def asked_to_end() -> Iterator[Callable[[], int]]:
+    """Yield a function that gives the signal by which the process was asked to end (SIGTERM, SIGINT), else 0.
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield lambda: asked[-1]
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    Whoever asks it leaves in order, where an exception of the handler would come in the middle of a statement. A second
+    Ctrl-C ends the process as always.
+    """
+    asked = [0]
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: asked[-1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Checkpoints:

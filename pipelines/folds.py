@@ -93,7 +93,5 @@ def _check_classes(fold: Fold, part: pd.DataFrame) -> None:
 def encode(fold: Fold, features: Features) -> Encoded:
     """Fit the transform to the fold's train part, and make both parts matrices."""
     transform = Transform.fit(fold.train, features)
-    train, validation = (
-        Window(transform.encode(part), part["label"].to_numpy(np.float32)) for part in (fold.train, fold.validation)
-    )
+    train, validation = (Window.of(part, transform) for part in (fold.train, fold.validation))
     return Encoded(train, validation, transform)

@@ -18,6 +18,7 @@ the gate needs to judge at all is no rule, and stands in decide.py. A metric tha
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -105,9 +106,9 @@ class Base(Params):
 
     severity: Severity = "block"
 
+    @abstractmethod
     def check(self, evidence: Evidence) -> Finding:
         """Whether the evidence satisfies this rule; changes nothing and looks at nothing else."""
-        raise NotImplementedError
 
     @property
     def reads(self) -> Sequence[str]:

@@ -26,7 +26,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +33,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipelines import patch, places, space, tracking
+from pipelines.checkpoint import asked_to_end
 from pipelines.errors import BallastError, DataRejected, TryAgain
 from pipelines.files import canonical_json, sha256, whole_file
 from pipelines.fit import TrainParams, fit, log_loss, reproducible
@@ -92,7 +92,7 @@ def tune(data: Path, params_file: Path, asked: Asked) -> dict[str, Any]:
         study = _open(path, name, _made_for(data, schema, params, kind, written, folds))
         axes = _axes(study, written, getattr(params, kind))
         points = space.grid(axes) if asked.sampler == "grid" else None
-        with _progress(name, deadline) as show, _guarding() as signalled:
+        with _progress(name, deadline) as show, asked_to_end() as signalled:
             encoded = [encode(fold, Features.model_validate(schema["features"])) for fold in folds]
             search = Search(study, params, kind, axes, points, encoded, asked, deadline, signalled, show)
             before = len(_counted(search, *DONE))
@@ -151,27 +151,6 @@ def _alone(path: Path) -> Iterator[None]:
                 f"Another `ballast tune` works on the study `{path.stem}`. Wait for it, or name another --study."
             ) from None
         yield
-
-
-@contextmanager
-def _guarding() -> Iterator[Callable[[], int]]:
-    """Yield a function that gives the signal by which the process was asked to end (SIGINT, SIGTERM), else 0.
-
-    An exception raised by a signal's handler in the middle of a statement would leave the study's file locked. A second
-    Ctrl-C ends the process as always.
-    """
-    came = [0]
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: came[-1]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _checked(name: str) -> str:
