@@ -220,6 +220,12 @@ def attached(number: int, under: str) -> bytes | None:
     return tracking.attached(version(number).run_id, under)
 
 
+def kept(version: Version, under: str) -> bytes | None:
+    """The bytes of a file of the version's own ``records``, else of its run: there alone older versions have theirs."""
+    own = tracking.attached(version.run_id, f"{records(version.lock)}/{under}")
+    return tracking.attached(version.run_id, under) if own is None else own
+
+
 def records(lock: str) -> str:
     """The artifact folder of what was made under one dvc.lock: two versions of the same model may share a run."""
     return f"records/{lock[:12]}"

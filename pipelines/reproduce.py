@@ -120,7 +120,7 @@ def reproduce(
 
 def _records(version: Version) -> Records:
     """Raise BallastError if something that a reproduction needs was not kept, or is not what was kept."""
-    kept = {name: _kept(version, name) for name in ("dvc.lock", "params.yaml", "environment.json")}
+    kept = {name: registry.kept(version, name) for name in ("dvc.lock", "params.yaml", "environment.json")}
     if missing := [name for name in ("dvc.lock", "params.yaml") if kept[name] is None]:
         raise BallastError(
             f"With v{version.number} no {' and no '.join(missing)} was kept: what it was made of is not known by hash. "
@@ -135,12 +135,6 @@ def _records(version: Version) -> Records:
         )
     environment = json.loads(kept["environment.json"] or b"{}")
     return Records(version.tags.get("ballast.commit", "unknown"), lock, settings, environment)
-
-
-def _kept(version: Version, name: str) -> bytes | None:
-    """An artifact of the version's own, else of its run: there alone older versions have theirs."""
-    own = registry.attached(version.number, f"{registry.records(version.lock)}/{name}")
-    return registry.attached(version.number, name) if own is None else own
 
 
 def _check_consistent(number: int, stages: Mapping[str, Any]) -> None:
