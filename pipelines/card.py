@@ -14,9 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
-from pipelines import registry, tracking
+from pipelines import lineage, registry, tracking
 from pipelines.explain import explain
 from pipelines.page import render, square_chart
 from pipelines.state import State
@@ -47,7 +45,7 @@ def keep(number: int, state: State) -> None:
 
 def facts(number: int, state: State) -> dict[str, Any]:
     """All that the card says of version ``number``; what was not kept with it is empty."""
-    known, tags = explain(number, state), registry.version(number).tags
+    known, version = explain(number, state), registry.version(number)
     run_id = known["run_id"]
     judged = [made for made in known["decisions"] if made["record"]]
     rules = judged[-1]["record"]["rules"] if judged else []
@@ -56,7 +54,7 @@ def facts(number: int, state: State) -> dict[str, Any]:
         **{name: known[name] for name in ("model", "version", "digest", "kind", "run_id", "registered_at")},
         "as_of": known["data"]["as_of"],
         "windows": known["data"]["windows"],
-        "refit": tags.get("ballast.refit") == "true",
+        "refit": version.tags.get("ballast.refit") == "true",
         "words": _sections(_text(run_id, f"{FOLDER}/{WORDS.name}") or ""),
         "decision": {name: judged[-1][name] for name in ("verdict", "summary", "record_sha256")} if judged else None,
         "rules": rules,
@@ -68,7 +66,7 @@ def facts(number: int, state: State) -> dict[str, Any]:
         "calibration": _rows(run_id, "evaluate/calibration.csv"),
         "roc": _rows(run_id, "evaluate/roc.csv"),
         "importance": [{"feature": row["feature"], "importance": float(row["importance"])} for row in importance],
-        "hashes": _hashes(run_id, known["data"]["lock"]),
+        "hashes": _hashes(lineage.records(version).stages),
         "lineage": _lineage(known, run_id),
     }
 
@@ -120,11 +118,8 @@ def _block(text: str) -> str | list[str]:
     return [" ".join(item.split()) for item in f"\n{text}".split("\n- ")[1:]]
 
 
-def _hashes(run_id: str, lock_sha256: str) -> dict[str, str]:
+def _hashes(stages: Mapping[str, Any]) -> dict[str, str]:
     """What the data stages put out, by the hash that dvc.lock has for it."""
-    own = _text(run_id, f"{registry.records(lock_sha256)}/dvc.lock")
-    lock = yaml.safe_load(own or _text(run_id, "dvc.lock") or "")
-    stages = lock.get("stages", {}) if isinstance(lock, dict) else {}
     return {
         out["path"]: out["md5"]
         for name in DATA

@@ -231,16 +231,31 @@ def _show_history(ledger: list[Entry], problems: list[str], registry: dict[str, 
 # --- explain
 
 
-@app.command(epilog="Example: ballast explain 2")
+@app.command(epilog="Example: ballast explain 2, or: ballast explain --data flights/2013-02-03")
 def explain(
-    version: Annotated[int, typer.Argument(help="The number of a registered version.")], as_json: AsJson = False
+    version: Annotated[int | None, typer.Argument(help="The number of a registered version.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Which versions saw this partition: its file, or TABLE/PARTITION.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Why a version serves or not: data, code, parameters, decision rule by rule, what started it, when it served."""
-    from pipelines.explain import explain as explained
+    """Why a version serves or not: data, code, settings, verdicts, what started it, when it served. Or who saw data."""
     from pipelines.state import State
 
-    found = explained(version, State())
-    _print_json(found) if as_json else _show_version(found)
+    if version is not None and data is None:
+        from pipelines.explain import explain as explained
+
+        found = explained(version, State())
+        _print_json(found) if as_json else _show_version(found)
+    elif data is not None and version is None:
+        from pipelines.lineage import seen
+
+        found = seen(data, State())
+        _print_json(found) if as_json else _show_partition(found)
+    else:
+        raise BallastError(
+            "Name a version or a partition: `ballast explain 2`, or `ballast explain --data flights/2013-02-03`."
+        )
 
 
 def _show_version(found: dict[str, Any]) -> None:
@@ -261,6 +276,7 @@ def _show_version(found: dict[str, Any]) -> None:
         said = f"{name:<10} {window['start'][:10]} → {window['end'][:10]}  {window['rows']:,} rows"
         _line(out, "" if number else "data", f"{said}, {window['label_rate']:.1%} positive")
     _line(out, "", f"as of {found['data']['as_of']} · dvc.lock {found['data']['lock'][:12] or 'none'}")
+    _show_records(out, found)
     _line(out, "code", f"commit {found['code']['commit']}")
     started = found["started_by"]
     said = " · ".join(str(started[key]) for key in ("kind", "reason", "actor") if started.get(key))
@@ -269,6 +285,72 @@ def _show_version(found: dict[str, Any]) -> None:
     _line(out, "test", " · ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in sorted(tests.items())))
     _line(out, "parameters", _plain(", ".join(f"{key} {value}" for key, value in sorted(found["params"].items()))))
     _line(out, "MLflow run", found["run_id"])
+
+
+def _show_records(out: Console, found: dict[str, Any]) -> None:
+    from pipelines.lineage import MANIFEST, UV_LOCK, VERDICT
+
+    missing = {name: _missing_words(why) for name, why in found["missing"].items()}
+    tables = found["data"]["tables"]
+    said = [_table_words(name, table) for name, table in tables.items()] if tables else [missing[MANIFEST]]
+    for number, words in enumerate(said):
+        _line(out, "" if number else "partitions", words)
+    verdict = found["validation"]
+    _line(out, "validation", _verdict_words(verdict) if verdict else missing[VERDICT])
+    for warning in verdict["warnings"] if verdict else []:
+        _line(out, "", f"[yellow]warned[/yellow]  {_plain(warning['message'])}")
+    environment = {name: value for name, value in found["environment"].items() if value is not None}
+    md5 = environment.get("uv_lock_md5")
+    lock = f"uv.lock {md5[:12]} (MD5)" if md5 else f"uv.lock {missing[UV_LOCK]}"
+    said = [_plain(f"{name.replace('_', ' ')} {environment[name]}") for name in _ENVIRONMENT if name in environment]
+    _line(out, "environment", " · ".join([lock, *said]))
+
+
+_ENVIRONMENT = ("python", "torch", "threads", "machine", "cpu_capability", "gpu")
+
+
+def _missing_words(why: str) -> str:
+    return f"[yellow]not on record[/yellow]: {_plain(why)}"
+
+
+def _table_words(name: str, table: dict[str, Any]) -> str:
+    count, first, last = len(table["partitions"]), table["first"], table["last"]
+    span = first if count == 1 else f"{count} partitions, {first} to {last}"
+    return f"{name:<10} {span}, {table['rows']:,} rows  [dim]{table['sha256'][:12]}[/dim]"
+
+
+def _verdict_words(verdict: dict[str, Any]) -> str:
+    passed = "passed" if verdict["passed"] else "[red]REJECTED[/red]"
+    warnings, aside = len(verdict["warnings"]), sum(verdict["quarantined"].values())
+    counts = f"{verdict['expectations']} expectations · {warnings} warning{'s' * (warnings != 1)}"
+    return f"{passed} · {counts}, {aside:,} row{'s' * (aside != 1)} in quarantine"
+
+
+def _show_partition(found: dict[str, Any]) -> None:
+    out = _console()
+    bytes_here = f"SHA-256 {found['sha256'][:12]}" if found["sha256"] else "its file is not here"
+    out.print(f"[bold]{_plain(found['table'])}/{_plain(found['partition'])}[/bold] · {bytes_here}")
+    for one in found["versions"]:
+        said = [_missing_words(one["missing"]) if one["missing"] else _saw_words(one), f"as of {one['as_of']}"]
+        champion = ["[bold]champion[/bold]"] if one["champion"] else []
+        _line(out, f"v{one['version']}", " · ".join([*said, *champion]))
+    if not found["versions"]:
+        out.print("  No version is registered yet.")
+
+
+def _saw_words(one: dict[str, Any]) -> str:
+    if not one["sha256"]:
+        return "no such partition"
+    colour = {"these bytes": "green", "another revision": "yellow"}.get(one["saw"], "default")
+    hashes = " + ".join(digest[:12] for digest in one["sha256"])
+    return f"[{colour}]{one['saw']}[/{colour}] {hashes}, {one['rows']:,} rows · {_use_words(one)}"
+
+
+def _use_words(one: dict[str, Any]) -> str:
+    if one["used_as"] == ["reference"]:
+        return "reference table"
+    refit = " (refitted on it)" if one["refit"] and "validation" in one["used_as"] else ""
+    return f"{' and '.join(one['used_as'])} window{refit}" if one["used_as"] else "landed, in no window"
 
 
 def _served_words(time: dict[str, Any]) -> str:

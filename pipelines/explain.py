@@ -1,4 +1,4 @@
-"""Why a version is as it is and where it is: its data, code, settings, verdicts, and when it served."""
+"""Why a version is as it is and where it is: its data, code, settings, environment, verdicts, when it served."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipelines import freeze, record, registry, tracking
+from pipelines import freeze, lineage, record, registry, tracking
 from pipelines.errors import BallastError
+from pipelines.registry import Version
 from pipelines.state import Entry, State, frozen, moves, quarantined
 
 
@@ -15,6 +16,7 @@ def explain(number: int, state: State) -> dict[str, Any]:
     """All that the registry, the gate and the ledger know of version ``number``."""
     version = registry.version(number)
     run, tags, ledger = tracking.run_data(version.run_id), version.tags, state.ledger()
+    kept = lineage.records(version, lineage.MANIFEST, lineage.VERDICT)
     return {
         "model": registry.name(),
         "version": number,
@@ -30,13 +32,23 @@ def explain(number: int, state: State) -> dict[str, Any]:
             "as_of": tags.get("ballast.as_of"),
             "windows": json.loads(tags.get("ballast.windows", "{}")),
             "lock": version.lock,
+            "tables": lineage.tables(kept.manifest) if kept.manifest else None,
         },
+        "validation": kept.files.get(lineage.VERDICT),
+        "environment": _environment(version, kept),
+        "missing": dict(kept.missing),
         "code": {"commit": tags.get("ballast.commit")},
         "started_by": {"actor": tags.get("ballast.actor"), **json.loads(tags.get("ballast.trigger", "{}"))},
         "params": dict(run.params),
         "metrics": dict(run.metrics),
         "run_id": version.run_id,
     }
+
+
+def _environment(version: Version, kept: lineage.Records) -> dict[str, Any]:
+    """The hash that dvc.lock has of uv.lock, and what the training found: versions, threads, processor."""
+    found = json.loads(registry.kept(version, tracking.ENVIRONMENT) or b"{}")
+    return {"uv_lock_md5": kept.md5(lineage.UV_LOCK), **found}
 
 
 def served(number: int, ledger: list[Entry]) -> list[dict[str, Any]]:

@@ -49,7 +49,6 @@ def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict
 def _evidence(
     trained: Mapping[str, Any], train: Path, evaluate: Path, prepare: Path, settings: Path
 ) -> tracking.Evidence:
-    lock = provenance.data_lock()
     candidates = trained["candidates"]
     metrics = {f"{name}/{key}": value for name, found in candidates.items() for key, value in found.items()}
     metrics |= {f"test_{key}": value for key, value in read_json(evaluate / "metrics.json").items()}
@@ -67,10 +66,23 @@ def _evidence(
             (prepare.parent / "validate" / "verdict.json", "validate"),
             (settings, ""),
             (Path("dvc.lock"), ""),
-            *((file, registry.records(lock)) for file in (Path("dvc.lock"), settings) if lock),
+            *_records(settings, prepare.parent),
             (card.WORDS, card.FOLDER),
         ],
     )
+
+
+def _records(settings: Path, data: Path) -> list[tuple[Path, str]]:
+    """What is kept for each dvc.lock apart: two versions of the same model may share a run."""
+    if not (lock := provenance.data_lock()):
+        return []
+    files = {
+        Path("dvc.lock"): "",
+        settings: "",
+        data / "land" / "manifest.json": "/land",
+        data / "validate" / "verdict.json": "/validate",
+    }
+    return [(file, registry.records(lock) + folder) for file, folder in files.items()]
 
 
 def _history(file: Path) -> dict[int, dict[str, float]]:

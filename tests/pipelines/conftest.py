@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,7 +18,7 @@ import pandas as pd
 import pytest
 from threadpoolctl import threadpool_limits
 
-from pipelines import registry, tracking
+from pipelines import cli, registry, tracking
 from pipelines.files import write_json
 
 FIRST = datetime(2013, 1, 1, tzinfo=UTC)
@@ -254,18 +256,37 @@ def rows() -> pd.DataFrame:
 
 @pytest.fixture
 def project(tmp_path: Path, mlflow_template: Path, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return project_in(tmp_path, mlflow_template, rows, monkeypatch)
+
+
+def project_in(root: Path, mlflow_template: Path, rows: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> Project:
     """A project in the working directory, with its own state store and MLflow, apart from any DAG run."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "BALLAST_RUN", "BALLAST_DAG", "BALLAST_TRIGGER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("BALLAST_STATE_URI", raising=False)
-    monkeypatch.setenv("BALLAST_VAR", str(tmp_path / "var"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "var" / "mlflow").mkdir(parents=True)
-    shutil.copy(mlflow_template, tmp_path / "var" / "mlflow" / "mlflow.db")
-    (tmp_path / "params.yaml").write_text(PARAMS)
-    made = Project(tmp_path)
+    monkeypatch.setenv("BALLAST_VAR", str(root / "var"))
+    monkeypatch.chdir(root)
+    (root / "var" / "mlflow").mkdir(parents=True)
+    shutil.copy(mlflow_template, root / "var" / "mlflow" / "mlflow.db")
+    (root / "params.yaml").write_text(PARAMS)
+    made = Project(root)
     made.lay_out(rows)
     return made
+
+
+@pytest.fixture
+def ballast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command as a user calls it: arguments in; exit code, output and errors out."""
+
+    def call(*arguments: str, answer: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ballast", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{answer}\n"))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return call
 
 
 def read(path: Path) -> Any:

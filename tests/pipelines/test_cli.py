@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
@@ -23,21 +22,6 @@ from pipelines.state import State
 
 OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "breaker", "tune"]
-
-
-@pytest.fixture
-def ballast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """The command as a user calls it: arguments in; exit code, output and errors out."""
-
-    def call(*arguments: str, answer: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ballast", *arguments])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{answer}\n"))
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return call
 
 
 @pytest.fixture
