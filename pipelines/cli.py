@@ -43,6 +43,7 @@ def status(
     repair: Annotated[bool, typer.Option(help="Set aliases that were moved by hand to what the ledger says.")] = False,
 ) -> None:
     """The champion, since when and why; what is frozen, in quarantine or paused; the last verdicts; what is up."""
+    from pipelines import approval
     from pipelines import breaker as breakers
     from pipelines.freeze import shown
     from pipelines.state import State, frozen, quarantined
@@ -54,6 +55,7 @@ def status(
         "champion": _champion(ledger),
         "previous": state.previous_champion(),
         "frozen": shown(frozen(ledger)),
+        "waiting": [_waiting(entry, state) for entry in approval.waiting(ledger)],
         "breaker": (stands := breakers.read(state, breakers.settings().refusals)).shown(),
         "quarantined": {version: shown(entry) for version, entry in quarantined(ledger).items()},
         "decisions": [_public(decision) for decision in state.decisions()[-LAST_DECISIONS:][::-1]],
@@ -97,6 +99,24 @@ def _champion(ledger: list[Entry]) -> dict[str, Any] | None:
     }
 
 
+def _waiting(entry: Entry, state: State) -> dict[str, Any]:
+    """A decision that waits for a person: which, why, since when, and where it is answered."""
+    from urllib.parse import quote
+
+    from pipelines import embedded
+
+    decision, (dag, _, run) = state.decision(str(entry.record_sha256)), entry.actor.partition("/")
+    form = f"{embedded.airflow_url()}/dags/{quote(dag)}/runs/{quote(run, safe='')}/tasks/approve/required_actions"
+    version = decision.version if decision else None
+    return {
+        "version": version,
+        "reason": entry.reason,
+        "since": entry.at,
+        "record_sha256": entry.record_sha256,
+        "form": form,
+    }
+
+
 def _ports() -> dict[str, int]:
     from pipelines import embedded
 
@@ -137,6 +157,10 @@ def _show_status(found: dict[str, Any], breaker: str) -> None:
     else:
         _line(out, "champion", "none yet")
     _show_freeze(out, found["frozen"])
+    for waits in found["waiting"]:
+        said = f"v{waits['version']} waits since {_when(waits['since'])}: {_plain(waits['reason'])}"
+        _line(out, "[bold yellow]APPROVAL[/bold yellow]  ", said)
+        _line(out, "", f"Answer it in Airflow: {waits['form']}")
     for version, held in found["quarantined"].items():
         _line(out, "quarantine", f"v{version} {_held_words(held)}")
     if found["breaker"]["refusals"]:
@@ -366,6 +390,8 @@ def _show_decision(out: Console, decision: dict[str, Any]) -> None:
     if decision["missing"]:
         _line(out, "", f"[red]{_plain(decision['missing'])}[/red]")
         return
+    for word in decision["approval"]:
+        _line(out, "", f"[bold]{_plain(word)}[/bold]")
     for rule in decision["record"]["rules"]:
         failed = "[red]blocked[/red]" if rule["severity"] == "block" else "[yellow]warned[/yellow]"
         mark = "[green]passed[/green]" if rule["passed"] else failed

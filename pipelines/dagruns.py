@@ -167,6 +167,15 @@ class Airflow:
         content = self._get(path, full_content="true")["content"]
         return [event for event in content if isinstance(event, dict)]
 
+    def answer(self, dag_id: str, run_id: str, task_id: str, option: str) -> None:
+        """Answer the form of a task that waits for a person; one that was answered before stays as it is."""
+        path = f"{_path(dag_id, run_id)}/taskInstances/{quote(task_id)}/-1/hitlDetails"
+        try:
+            self._call("PATCH", path, {"chosen_options": [option]})
+        except Refused as refusal:
+            if refusal.status != HTTPStatus.CONFLICT:
+                raise
+
     def clear(self, run: Run) -> Run:
         """Let a failed run go on from its failed tasks; what is done stays done."""
         self._call("POST", f"{_path(run.dag_id, run.run_id)}/clear", {"dry_run": False, "only_failed": True})

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import Field, field_validator
 
 from pipelines import card, metrics, params, provenance, record, registry, rows, rules, stage, tracking
+from pipelines.approval import Approval
 from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
 from pipelines.files import read_json
@@ -53,6 +54,8 @@ class DecideParams(Params):
     threshold: float = Field(gt=0, lt=1)
     calibration_bins: int = Field(ge=2)
     seed: int
+    approval: Approval
+    approval_hours: float = Field(gt=0)
     rules: tuple[AnyRule, ...]
 
     @field_validator("rules")
@@ -362,6 +365,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
 def _standing(state: State, version: int, limit: int) -> list[str]:
     """What else a person must know of now: a freeze, and the breaker that this refusal opens or keeps open."""
     freeze, breaker = frozen(state.ledger()), read(state, limit)
+    registry.measure(version, "refusals_in_a_row", len(breaker.refused))
     if breaker.is_open:
         log.warning("Automatic retraining pauses: %s", breaker.words)
         registry.set_tags(version, {"ballast.breaker": breaker.words})

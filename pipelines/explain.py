@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipelines import freeze, lineage, record, registry, tracking
+from pipelines import approval, freeze, lineage, record, registry, tracking
 from pipelines.errors import BallastError
 from pipelines.registry import Version
 from pipelines.state import Entry, State, frozen, moves, quarantined
@@ -80,5 +80,6 @@ def _decisions(number: int, state: State) -> list[dict[str, Any]]:
                 kept: dict[str, Any] = {"record": record.fetch(number, decision.record_sha256), "missing": None}
             except BallastError as error:
                 kept = {"record": None, "missing": str(error)}
-            made.append({**asdict(decision), **kept})
+            said = [approval.words(word) for word in approval.said(decision.record_sha256, state.ledger())]
+            made.append({**asdict(decision), **kept, "approval": said})
     return made

@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pipelines import champion, provenance, record, registry, stage
+from pipelines import approval, champion, provenance, record, registry, stage
 from pipelines.errors import BallastError, Conflict, Held, exit_with
 from pipelines.state import Entry, State, freeze_words, frozen, moves, quarantined, said_by, today
 
@@ -25,14 +25,16 @@ def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
     Raises BallastError if the record is not the gate's, was changed, is of another version or refuses; Conflict if
     the champion has moved since the decision.
     """
-    facts = _holding(version, record_sha256, state)
+    facts = record.holding(version, record_sha256, state)
     ledger = state.ledger()
     moved = moves(ledger)
     done = bool(moved) and moved[-1].record_sha256 == record_sha256
     try:
         if not done and (away := _quarantine(version, facts["digest"], ledger)):
             raise Held(f"{away}. v{version} is not promoted; a person may: {by_force(version)}")
-        entry = moved[-1] if done else _append(facts, record_sha256, state, moved)
+        if not done and (word := approval.missing(facts, record_sha256, ledger)):
+            raise Held(f"{word}. v{version} is not promoted")
+        entry = moved[-1] if done else _append(facts, record_sha256, state, ledger)
     except Held as held:
         return _held(version, state.champion(), str(held))
     champion.project(state)
@@ -106,34 +108,17 @@ def _no_record(version: int, state: State) -> str | None:
     if not made:
         return "the gate has made no decision on it"
     try:
-        facts = _holding(version, made[-1].record_sha256, state)
+        facts = record.holding(version, made[-1].record_sha256, state)
     except BallastError as error:
         return str(error).rstrip(".")
-    if (seen := facts["champion"])["ledger_head"] != state.head():
-        return f"the gate compared it with {_name(seen['version'])}, and the champion has moved since"
-    return None
+    if facts["champion"]["ledger_head"] != state.head():
+        return record.outdated(facts, state).partition(". ")[0]
+    return approval.missing(facts, made[-1].record_sha256, state.ledger())
 
 
 def _held(version: int, now: int | None, why: str) -> dict[str, Any]:
     place = {"model": registry.name(), "version": version, "from": now, "to": now}
     return {"summary": why, "verdict": "held", **place, "moved": False}
-
-
-def _holding(version: int, record_sha256: str, state: State) -> dict[str, Any]:
-    """The record, if it is the gate's own, of this version and model, and passing."""
-    if state.decision(record_sha256) is None:
-        raise BallastError(
-            f"The gate has made no decision {record_sha256[:12]}: the record is forged, or of another state store. "
-            f"Run decide for v{version}."
-        )
-    facts = record.fetch(version, record_sha256)
-    if (found := registry.version(version).digest) != facts["digest"]:
-        raise BallastError(
-            f"The record is of model {facts['digest'][:12]}, and v{version} is {found[:12]} now. Run decide again."
-        )
-    if facts["verdict"] != "promote":
-        raise BallastError(f"The gate refused v{version}: {'; '.join(facts['reasons'])}. A refused version stays out.")
-    return facts
 
 
 def _quarantine(version: int, digest: str, ledger: list[Entry]) -> str | None:
@@ -148,32 +133,25 @@ def _quarantine(version: int, digest: str, ledger: list[Entry]) -> str | None:
     return None
 
 
-def _append(facts: dict[str, Any], record_sha256: str, state: State, moved: list[Entry]) -> Entry:
+def _append(facts: dict[str, Any], record_sha256: str, state: State, ledger: list[Entry]) -> Entry:
     """Write the ledger's entry, on the head that the decision saw."""
-    if any(entry.record_sha256 == record_sha256 for entry in moved):
+    if any(entry.record_sha256 == record_sha256 for entry in moves(ledger)):
         raise Conflict(
             f"v{facts['version']} was promoted by this record, and has been replaced since. Run decide again."
         )
-    seen = facts["champion"]
+    word = approval.last_word(record_sha256, ledger)
     try:
         return state.append(
             "promote",
             facts["version"],
-            head=seen["ledger_head"],
-            reason=facts["summary"],
+            head=facts["champion"]["ledger_head"],
+            reason=facts["summary"] + (f" · {approval.words(word)}" if word else ""),
             actor=provenance.actor(),
             as_of=date.fromisoformat(facts["as_of"]),
             record_sha256=record_sha256,
         )
     except Conflict:
-        raise Conflict(
-            f"v{facts['version']} was compared with {_name(seen['version'])}, and since then the champion has moved "
-            f"(it is {_name(state.champion())}). Run decide again: it compares with the champion of today."
-        ) from None
-
-
-def _name(version: int | None) -> str:
-    return f"v{version}" if version else "no champion"
+        raise Conflict(record.outdated(facts, state)) from None
 
 
 def main() -> None:

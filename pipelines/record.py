@@ -13,13 +13,16 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines import registry
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import sha256, whole_file, write_json
+
+if TYPE_CHECKING:
+    from pipelines.state import State
 
 SCHEMA = "ballast.decision/2"
 FOLDER = "decisions"
@@ -131,6 +134,35 @@ def fetch(version: int, digest: str) -> dict[str, Any]:
     if facts["version"] != version:
         raise BallastError(f"The decision record {digest[:12]} is of v{facts['version']}, not of v{version}.")
     return facts
+
+
+def holding(version: int, digest: str, state: State) -> dict[str, Any]:
+    """The record of this hash, if it is the gate's own, of this version and model, and passing; else BallastError."""
+    if state.decision(digest) is None:
+        raise BallastError(
+            f"The gate has made no decision {digest[:12]}: the record is forged, or of another state store. "
+            f"Run decide for v{version}."
+        )
+    facts = fetch(version, digest)
+    if (found := registry.version(version).digest) != facts["digest"]:
+        raise BallastError(
+            f"The record is of model {facts['digest'][:12]}, and v{version} is {found[:12]} now. Run decide again."
+        )
+    if facts["verdict"] != "promote":
+        raise BallastError(f"The gate refused v{version}: {'; '.join(facts['reasons'])}. A refused version stays out.")
+    return facts
+
+
+def outdated(facts: Mapping[str, Any], state: State) -> str:
+    """What to say of a record whose champion has moved since the decision."""
+    return (
+        f"v{facts['version']} was compared with {_name(facts['champion']['version'])}, and since then the champion has "
+        f"moved (it is {_name(state.champion())}). Run decide again: it compares with the champion of today."
+    )
+
+
+def _name(version: int | None) -> str:
+    return f"v{version}" if version else "no champion"
 
 
 def _from_1(facts: dict[str, Any]) -> dict[str, Any]:

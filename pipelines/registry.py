@@ -176,6 +176,12 @@ def set_tags(number: int, tags: Mapping[str, str]) -> None:
             client().set_model_version_tag(name(), str(number), tag, value)
 
 
+def measure(number: int, metric: str, value: float) -> None:
+    """Add a point to a metric of a version's training run."""
+    with speaking():
+        client().log_metric(version(number).run_id, metric, value)
+
+
 def model(number: int) -> Path:
     """The model folder of a version, fetched once and verified each time.
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
-STEPS = ("admit", "register", "decide", "promote", "rollback", "score", "drift", "policy")
+STEPS = ("admit", "register", "decide", "review", "answer", "promote", "rollback", "score", "drift", "policy")
 RESULT = "ballast-result "
 # Airflow kills a task 5 s after SIGTERM; the step has less, so that its checkpoint and our exit fit in.
 TERM_GRACE_S = 4.0

@@ -41,12 +41,13 @@ from pipelines import places
 from pipelines.errors import BallastError, Conflict, Held, TryAgain, exit_with
 from pipelines.files import canonical_json
 
-SCHEMA = 2
+SCHEMA = 3
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 
 Move = Literal["promote", "rollback", "force"]  # what makes a version champion
-Note = Literal["freeze", "unfreeze", "reset"]  # what a person says that moves no champion
+Word = Literal["ask", "approve", "reject", "supersede"]  # what is said of a decision that waits for a person
+Note = Literal["freeze", "unfreeze", "reset"] | Word  # what is said and moves no champion
 MOVES: tuple[Move, ...] = get_args(Move)
 
 metadata = MetaData()
@@ -160,10 +161,18 @@ class State:
         values = {"kind": kind, "to_version": to_version, "reason": reason, "actor": actor}
         return self._add(check, {**values, "as_of": as_of.isoformat(), "record_sha256": record_sha256})
 
-    def note(self, kind: Note, check: Callable[[list[Entry]], None], *, reason: str, actor: str) -> Entry:
+    def note(
+        self,
+        kind: Note,
+        check: Callable[[list[Entry]], None],
+        *,
+        reason: str,
+        actor: str,
+        record_sha256: str | None = None,
+    ) -> Entry:
         """Write down what a person says; ``check`` raises if the ledger that it comes after does not allow it."""
-        as_of = today(self).isoformat()
-        return self._add(check, {"kind": kind, "reason": reason, "actor": actor, "as_of": as_of, "record_sha256": None})
+        values = {"kind": kind, "reason": reason, "actor": actor, "record_sha256": record_sha256}
+        return self._add(check, {**values, "as_of": today(self).isoformat()})
 
     def _add(self, check: Callable[[list[Entry]], None], values: dict[str, Any]) -> Entry:
         """Add an entry after the last one, whichever that is once nobody else comes in between."""
@@ -382,7 +391,11 @@ def _to_2(connection: Connection) -> None:
     connection.exec_driver_sql("DROP TABLE ledger_1")
 
 
-_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2}
+def _to_3(_: Connection) -> None:
+    """The tables stay; an older Ballast, which knows of no approval, must not promote what waits for one."""
+
+
+_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}
 
 
 def _faults(entry: Entry, before: Entry | None) -> list[str]:

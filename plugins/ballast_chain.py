@@ -6,10 +6,18 @@ from datetime import timedelta
 from typing import Any
 
 from airflow.providers.standard.operators.empty import EmptyOperator
-from airflow.sdk import Param, chain
+from airflow.sdk import Param, TriggerRule, chain
 
 from ballast_assets import CHALLENGER_READY, DRIFT_DETECTED
-from ballast_operators import AnnounceOperator, StepOperator, challenger, interval_start, way_back
+from ballast_operators import (
+    AnnounceOperator,
+    ApproveOperator,
+    StepOperator,
+    answered,
+    challenger,
+    interval_start,
+    way_back,
+)
 
 # One slot each, made with the stack: one training at a time on a GPU, one writer to the registry.
 TRAINING_POOL = "training"
@@ -86,8 +94,23 @@ def monitor() -> None:
 
 
 def promote() -> None:
-    """Make the challenger of a passing record the champion."""
-    StepOperator(step="promote", arguments=challenger, pool=PROMOTION_POOL)
+    """Make the challenger of a passing record the champion, after a person's approval where the record asks for it."""
+    either: dict[str, Any] = {"trigger_rule": TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS}  # of review and answer
+    promoted = StepOperator(step="promote", arguments=challenger, pool=PROMOTION_POOL, **either)
+    refused = EmptyOperator(task_id="refused", **either)
+    approve = ApproveOperator(
+        task_id="approve",
+        review="review",
+        params={"note": Param(None, type=["null", "string"], title="Note", description="Why; kept in the ledger.")},
+        execution_timeout=None,  # Airflow would take it for the time that a person has
+    )
+    ends = {"promote": promoted.task_id, "refuse": refused.task_id}
+    review = StepOperator(
+        step="review", arguments=challenger, pool=PROMOTION_POOL, branches={"ask": approve.task_id, **ends}
+    )
+    answer = StepOperator(step="answer", arguments=answered, pool=PROMOTION_POOL, branches=ends)
+    chain(review, [approve, promoted, refused])
+    chain(approve, answer, [promoted, refused])
 
 
 def rollback() -> None:

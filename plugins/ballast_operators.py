@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, BranchMixIn, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
@@ -126,6 +127,24 @@ class StepOperator(BaseOperator, BranchMixIn):
         raise AirflowFailException(f"{self.step} failed (exit {code}): {cause}")
 
 
+class ApproveOperator(HITLOperator):
+    """Ask a person, in the words and for the hours that the step ``review`` gives; no answer in time is a refusal."""
+
+    APPROVE = "Approve"
+    REJECT = "Reject"
+
+    def __init__(self, *, review: str, **kwargs: Any) -> None:
+        super().__init__(subject="", options=[self.APPROVE, self.REJECT], defaults=self.REJECT, **kwargs)
+        self.review = review
+
+    def execute(self, context: Context) -> Any:
+        """Show the form and make way: a waiting run holds no slot."""
+        asked = context["ti"].xcom_pull(task_ids=self.review)
+        self.subject, self.body = asked["subject"], asked["body"]
+        self.response_timeout = timedelta(hours=asked["hours"])
+        return super().execute(context)
+
+
 class AnnounceOperator(BaseOperator):
     """Emit an asset event that carries the named parts of an earlier step's result."""
 
@@ -188,6 +207,14 @@ def challenger(context: Context) -> list[str]:
     if not (chosen.get("version") and chosen.get("record_sha256")):
         raise AirflowFailException("No version to promote. Give both parameters, or let a retraining ask.")
     return ["--version", str(chosen["version"]), "--record-sha256", str(chosen["record_sha256"])]
+
+
+def answered(context: Context) -> list[str]:
+    """What a person chose in the form, who that was, and why; nobody where the time was up."""
+    given = context["ti"].xcom_pull(task_ids="approve")
+    by, note = (given["responded_by_user"] or {}).get("name", ""), given["params_input"].get("note") or ""
+    chosen = ["--approved"] if given["chosen_options"] == [ApproveOperator.APPROVE] else []
+    return [*challenger(context), *chosen, f"--by={by}", f"--reason={note}"]
 
 
 def way_back(context: Context) -> list[str]:

@@ -172,6 +172,96 @@ for _ in range(2):
     assert stack.with_mlflow("-c", code).split() == ["queued", "409"]
 
 
+SET = """
+import re, sys
+from pathlib import Path
+file = Path("params.yaml")
+text = re.sub(r"approval: \\w+", f"approval: {sys.argv[1]}", file.read_text())
+file.write_text(re.sub(r"approval_hours: [\\d.]+", f"approval_hours: {sys.argv[2]}", text))
+"""
+ASK = """
+import json, sys, time
+from pipelines import embedded
+client = embedded.airflow(30)
+before = {run["dag_run_id"] for run in client._get("/dags/promote/dagRuns", limit=100)["dag_runs"]}
+run = client.trigger("retrain_on_alert", sys.argv[1], {"as_of": sys.argv[2]})
+while not (run := client.run(run.dag_id, run.run_id)).over:
+    time.sleep(0.5)
+assert run.state == "success", run
+deadline = time.monotonic() + 120
+while time.monotonic() < deadline:
+    runs = {run["dag_run_id"] for run in client._get("/dags/promote/dagRuns", limit=100)["dag_runs"]}
+    if runs - before:
+        promotion = client.run("promote", *(runs - before))
+        tasks = {task.task_id: task.state for task in client.tasks(promotion)}
+        if tasks.get("approve") == "awaiting_input" or promotion.over:
+            break
+    time.sleep(0.5)
+print(promotion.run_id)
+"""
+END = """
+import json, sys, time
+from urllib.parse import quote
+from pipelines import embedded
+client = embedded.airflow(30)
+path = f"/dags/promote/dagRuns/{quote(sys.argv[1])}/taskInstances/approve/-1/hitlDetails"
+form = client._get(path)
+if len(sys.argv) > 2:
+    client._call("PATCH", path, {"chosen_options": [sys.argv[2]], "params_input": {"note": "a test"}})
+deadline = time.monotonic() + 120
+while not (run := client.run("promote", sys.argv[1])).over and time.monotonic() < deadline:
+    time.sleep(0.5)
+tasks = {task.task_id: task.state for task in client.tasks(run)}
+print(json.dumps({"state": run.state, "tasks": tasks, "subject": form["subject"], "body": form["body"]}))
+"""
+
+
+def test_approval_waits_for_a_person_gives_way_to_a_newer_challenger_and_runs_out(stack: Stack, turned: str) -> None:
+    """v2 wants its place back three times: overtaken while it waits, approved, and with nobody there."""
+
+    def setting(approval: str, hours: str) -> None:
+        stack.with_mlflow("-c", SET, approval, hours)
+        commit = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qam", f"approval {approval}"]
+        subprocess.run(commit, cwd=stack.root, check=True)
+
+    def ask(name: str) -> str:
+        return stack.with_mlflow("-c", ASK, name, "2013-08-01").splitlines()[-1]
+
+    def end(*arguments: str) -> Any:
+        return json.loads(stack.with_mlflow("-c", END, *arguments).splitlines()[-1])
+
+    setting("always", "1")
+    stack.ballast("promote", "1", "--force", "--reason", "to have v2 asked for", "--yes")
+    first = ask("approval-1")
+    (waits,) = stack.told("status")["waiting"]
+    assert (waits["version"], waits["reason"]) == (2, "decide.approval is always")
+    second = ask("approval-2")
+    overtaken = end(first)
+    assert (overtaken["state"], overtaken["tasks"]["refused"], overtaken["tasks"]["promote"]) == (
+        "success",
+        "success",
+        "skipped",
+    )
+    assert stack.told("status")["champion"]["version"] == 1, "nobody has approved it"
+    approved = end(second, "Approve")
+    assert "# PROMOTE: flight_delays v2 may take the place of v1" in approved["body"]
+    assert (approved["state"], approved["tasks"]["promote"], approved["tasks"]["refused"]) == (
+        "success",
+        "success",
+        "skipped",
+    )
+    entries = stack.told("history")["entries"]
+    assert [entry["kind"] for entry in entries[-5:]] == ["ask", "ask", "supersede", "approve", "promote"]
+    assert entries[-1]["reason"].endswith("· approved by admin in promote/" + second + ": a test")
+    stack.ballast("promote", "1", "--force", "--reason", "once more", "--yes")
+    setting("always", "0.002")
+    late = end(ask("approval-3"))
+    assert (late["state"], late["tasks"]["refused"]) == ("success", "success")
+    last = stack.told("history")["entries"][-1]
+    assert (last["kind"], last["reason"]) == ("reject", "nobody answered within 0.002 h")
+    stack.ballast("promote", "2", "--force", "--reason", "as it was", "--yes")
+
+
 def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turned: str) -> None:
     """In July the model of April is surely worse, and one that saw the summer surely better: the turn ends with v2."""
     assert stack.told("status")["champion"]["version"] == 2

@@ -44,6 +44,8 @@ decide:
   threshold: 0.5
   calibration_bins: 10
   seed: 1
+  approval: never
+  approval_hours: 72
   rules:
     - {rule: floor, metric: roc_auc, at_least: 0.6}
     - {rule: ceiling, metric: log_loss, at_most: 0.69, or_champion: true}
@@ -198,7 +200,14 @@ class Project:
         tags = {tracking.DIGEST: digest, registry.LOCK: ""}
         return int(client.create_model_version(registry.name(), "nowhere", run_id, tags=tags).version)
 
-    def decided(self, version: int, digest: str, verdict: str = "promote") -> str:
+    def decided(
+        self,
+        version: int,
+        digest: str,
+        verdict: str = "promote",
+        approval: str = "never",
+        warnings: tuple[str, ...] = (),
+    ) -> str:
         """A decision of the gate on a version against the champion of now; return the record's hash."""
         from pipelines import record
         from pipelines.state import Decision, State
@@ -209,7 +218,7 @@ class Project:
             "verdict": verdict,
             "summary": f"{verdict.upper()} · for the test",
             "reasons": ["for the test"],
-            "warnings": [],
+            "warnings": list(warnings),
             "model": registry.name(),
             "version": version,
             "digest": digest,
@@ -231,7 +240,7 @@ class Project:
             "lock": "",
             "trigger": {"kind": "laptop"},
             "actor": "me",
-            "params": {},
+            "params": {"approval": approval, "approval_hours": 72.0},
             "decided_at": datetime.now(UTC).isoformat(),
         }
         made = record.keep(self.root / "data" / "decide", facts)

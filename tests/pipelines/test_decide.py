@@ -13,7 +13,7 @@ import yaml
 from conftest import SQL, Project, read
 from pydantic import ValidationError
 
-from pipelines import metrics, params, record, registry
+from pipelines import metrics, params, record, registry, tracking
 from pipelines.decide import DecideParams, Side, Verdict, decide
 from pipelines.errors import BallastError, ParamsError, TryAgain
 from pipelines.files import sha256, write_json
@@ -301,6 +301,7 @@ def test_judge_that_refuses_once_too_often_says_that_the_breaker_is_open(
     assert "· breaker OPEN: 2 retrainings in a row were refused (v1)." in result["summary"]
     assert "Automatic retraining pauses: breaker OPEN" in caplog.text
     assert registry.version(1).tags["ballast.breaker"].startswith("breaker OPEN: 2")
+    assert tracking.run_data(registry.version(1).run_id).metrics["refusals_in_a_row"] == 2
 
 
 def test_judge_keeps_a_record_that_says_what_was_compared_with_what(

@@ -37,6 +37,8 @@ decide:
   threshold: 0.5
   calibration_bins: 10
   seed: 1
+  approval: never
+  approval_hours: 72
   rules:
     - {rule: better, margin: 0.0, confidence: 0.975}
     - {rule: floor, metric: roc_auc, at_least: 0.6}

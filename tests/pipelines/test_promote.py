@@ -253,7 +253,7 @@ def test_force_on_a_record_made_for_another_champion_says_so(project: Project) -
     records = [project.decided(first, "a"), project.decided(second, "b")]
     promote(first, records[0], State())
     force(second, "why not", State())
-    said = "why not · went round: the gate compared it with no champion, and the champion has moved since"
+    said = "why not · went round: v2 was compared with no champion, and since then the champion has moved (it is v1)"
     assert State().ledger()[-1].reason == said
     third = project.bare_version("c")
     project.decided(third, "c")

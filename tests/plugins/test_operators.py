@@ -16,7 +16,7 @@ from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from airflow.utils.types import DagRunType
 
 import ballast_operators
-from ballast_operators import StepOperator, as_of_date, challenger, events, interval_start, trigger, way_back
+from ballast_operators import StepOperator, answered, as_of_date, challenger, events, interval_start, trigger, way_back
 
 pytestmark = [
     pytest.mark.usefixtures("airflow_database"),
@@ -237,6 +237,23 @@ def test_challenger_newest_event_supersedes_the_others() -> None:
 def test_challenger_without_event_or_parameter_is_an_error_with_the_remedy() -> None:
     with pytest.raises(AirflowFailException, match="Give both parameters"):
         challenger(context(DagRunType.MANUAL))
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        (
+            {"chosen_options": ["Approve"], "params_input": {"note": "fine"}},
+            ["--approved", "--by=ada", "--reason=fine"],
+        ),
+        ({"chosen_options": ["Reject"], "params_input": {"note": None}}, ["--by=ada", "--reason="]),
+        ({"chosen_options": ["Reject"], "params_input": {}, "responded_by_user": None}, ["--by=", "--reason="]),
+    ],
+)
+def test_answered_tells_what_was_chosen_by_whom_and_why(given: dict[str, Any], arguments: list[str]) -> None:
+    asked = context(version=3, record_sha256="ab")
+    asked["ti"].xcom_pull = lambda task_ids: {"responded_by_user": {"id": "1", "name": "ada"}, **given}
+    assert answered(asked) == ["--version", "3", "--record-sha256", "ab", *arguments]
 
 
 def test_way_back_names_a_version_only_if_a_person_did() -> None:
