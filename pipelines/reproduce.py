@@ -323,7 +323,7 @@ def _run_stage(name: str, entry: Mapping[str, Any], root: Path, python: Path, sa
     """Run the command of a stage; return those of its outs whose bytes are not the recorded ones."""
     began = time.monotonic()
     for line in entry["cmd"] if isinstance(entry["cmd"], list) else [entry["cmd"]]:
-        _execute(["bash", "-c", line], root, python, f"`{line}`")
+        _execute(["bash", "--norc", "-c", line], root, python, f"`{line}`")
     files = {out["path"]: out["md5"] for out in entry["outs"] if not out["md5"].endswith(".dir")}
     other = sorted(path for path, md5 in files.items() if _md5(root / path) != md5)
     summary = read_json(root / "data" / name / "result.json")["summary"]

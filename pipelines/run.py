@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
 STEPS = ("admit", "register", "decide", "review", "answer", "promote", "rollback", "score", "drift", "policy")
 RESULT = "ballast-result "
+# bash, as it makes way for a single command: the kernel's signal at our death then reaches it. Not its rc file, which
+# it reads where stdin is a socket: that may put another python first on the PATH.
+SHELL = ("bash", "--norc", "-c")
 # Airflow kills a task 5 s after SIGTERM; the step has less, so that its checkpoint and our exit fit in.
 TERM_GRACE_S = 4.0
 
@@ -77,8 +80,7 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
             print(f"{name} is cached: its code, settings and data are those of an earlier run", flush=True)
         else:
             for line in stage.cmd if isinstance(stage.cmd, list) else [stage.cmd]:
-                # bash, as it makes way for a single command: the kernel's signal at our death then reaches it
-                _run_command(["bash", "-c", line], root, env, lock)
+                _run_command([*SHELL, line], root, env, lock)
         if not unchanged:
             _record(repo, stage, root)
     return cached

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -120,6 +121,22 @@ def test_run_same_inputs_in_another_run_come_from_the_cache_with_the_same_lock(p
     assert project.times("train") == 1
     locks = [(project.workspace(run) / "dvc.lock").read_text() for run in ("r1", "r2")]
     assert locks[0] == locks[1]
+
+
+def test_run_beneath_a_socket_reads_no_rc_file_of_the_shell(project: Project, tmp_path: Path) -> None:
+    """As a daemon or rsh starts it: bash would read ~/.bashrc, and a `python` there come first on the PATH."""
+    other = tmp_path / "home" / "python"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 9\n")
+    other.chmod(0o755)
+    (tmp_path / "home" / ".bashrc").write_text(f'PATH="{other.parent}:$PATH"\n')
+    environment = {**project.environment(), "HOME": str(tmp_path / "home"), "SHLVL": "0"}
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        done = subprocess.run(
+            project.command("land"), env=environment, stdin=theirs, capture_output=True, text=True, check=False
+        )
+    assert result_of(done)["cached"] is False
 
 
 def test_run_other_date_runs_again(project: Project) -> None:
