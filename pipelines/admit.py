@@ -1,4 +1,7 @@
-"""Admit: may this retraining go on to train? Not on refused data while the breaker is open, unless a person asked."""
+"""Admit: may this retraining go on to train? Not on refused data while the breaker is open, unless a person asked.
+
+From here on it is under way (retraining.py), until `decide` ends it, or the pause here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, provenance, stage
+from pipelines import params, provenance, retraining, stage
 from pipelines.breaker import Breaker, BreakerParams, read
 from pipelines.errors import exit_with
 from pipelines.state import State
@@ -33,8 +36,12 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--out", type=Path, default=Path("data/admit"))
     given = parser.parse_args()
-    breaker = read(State(), params.load(given.params, "breaker", BreakerParams).refusals)
+    state = State()
+    retraining.begin(state, params.as_of(given.params))
+    breaker = read(state, params.load(given.params, "breaker", BreakerParams).refusals)
     result = admit(breaker, str(provenance.trigger().get("kind")), provenance.data())
+    if result["verdict"] == "pause":
+        state.end_retraining(provenance.actor(), "paused")
     stage.finish("admit", given.out, {**result, "breaker": breaker.shown()})
 
 

@@ -71,6 +71,8 @@ def read(state: State, limit: int) -> Breaker:
     for made in state.decisions():
         if resets and datetime.fromisoformat(made.decided_at) <= resets[-1]:
             continue
+        # A decide that was killed and tried again is one refusal: the last of its run counts.
+        refused = [one for one in refused if made.run is None or one.run != made.run]
         refused = [*refused, made] if made.verdict == "refuse" else []
     return Breaker(tuple(refused), limit)
 

@@ -346,7 +346,8 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     digest = record.keep(out, facts)
     version = registry.version(challenger.version)
     made = (digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
-    state.remember(Decision(*made, data=provenance.data()))
+    state.remember(Decision(*made, data=provenance.data(), run=provenance.run()))
+    state.end_retraining(provenance.actor(), verdict.verdict)
     card.keep(version.number, state)
     said = [verdict.summary, *_standing(state, version.number, limit)]
     return {

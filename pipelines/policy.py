@@ -1,95 +1,382 @@
-"""Is it time to retrain? The monitor's verdict in, one of retrain, wait and hold out, with the reasons in numbers.
+"""Is it time to retrain? The monitor's answers in, one of retrain, wait and hold out, with the reasons in numbers.
 
-retrain   the champion is measurably worse, or more of its inputs have moved than it can be trusted with
-wait      nothing says so
-hold      retraining could not help: there is no champion, the batch is broken at its source, or the breaker is open
+retrain   a trigger fires: the champion is worse, or is estimated to be, its inputs have moved, or it is time
+wait      none does
+hold      one does, and something stands against it: the breaker, a retraining under way, the cooldown, the budget;
+          or nothing can be judged: there is no champion, or the batch is broken at its source
+
+A window counts for the champion that it was scored with, and the count begins anew with the next one: what a model that
+is gone did badly says nothing of the one that took its place.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-from datetime import date
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from pipelines import page, params, places, provenance, registry, stage
+from pipelines import page, params, places, provenance, registry, retraining, stage
 from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
 from pipelines.params import Params
-from pipelines.state import State
+from pipelines.state import State, Window, moves
 
 log = logging.getLogger(__name__)
+
+Numbers = Mapping[str, Any]  # drift's verdict, or what is kept of it for the windows to come
+COLUMN = ("score", "threshold", "moved", "weight")  # what is kept of a column
+
+
+class Judgement(NamedTuple):
+    """Whether a trigger fires, None where that could not be judged, and why, in words and numbers."""
+
+    fires: bool | None
+    words: str
+
+
+@dataclass(frozen=True)
+class Past:
+    """What counts beside the window itself. Dates are as-of dates."""
+
+    windows: Sequence[Window] = ()  # the oldest first
+    trained: Sequence[date] = ()  # of the retrainings before, the earliest first
+    promoted: date | None = None  # of the champion
+    against: Sequence[str] = ()  # what stands against any retraining now, in words
+
+
+# --- the triggers
+
+
+class Windowed(Params):
+    """A trigger that fires if ``windows`` of the last ``of`` windows do, and the present one is not quiet.
+
+    The present one is among them. One that could not be judged fires not, and is not quiet either: its labels may come
+    later, as those of the windows before may have by now.
+    """
+
+    windows: PositiveInt = 1
+    of: PositiveInt = 1
+    min_rows: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _are_among_them(self) -> Self:
+        if self.windows > self.of:
+            raise ValueError(f"`windows` must be at most `of`: {self.windows} of {self.of} windows can never fire")
+        return self
+
+    @abstractmethod
+    def judge(self, window: Numbers) -> Judgement:
+        """Whether one window fires, taken alone."""
+
+    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
+        """Whether to retrain: ``before`` are the champion's windows before this one, the newest first."""
+        judged = [self.judge(now), *(self.judge(window.numbers) for window in before[: self.of - 1])]
+        fired = sum(one.fires is True for one in judged)
+        words = judged[0].words
+        if self.of > 1:
+            words += f" ({fired} of the last {len(judged)} windows, needed: {self.windows} of {self.of})"
+        return Judgement(judged[0].fires is not False and fired >= self.windows, words)
+
+
+class Performance(Windowed):
+    """The realised log loss has risen by more than this over the champion's test window, and by more than noise."""
+
+    kind: Literal["performance"]
+    max_rise: NonNegativeFloat
+
+    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
+        """Likewise; where labels are late, windows may have been judged on the same rows, which count once."""
+        seen, fresh = {_judged_on(now)} - {None}, []
+        for window in before:
+            if (rows := _judged_on(window.numbers)) not in seen:
+                fresh.append(window)
+                seen |= {rows} - {None}
+        return super().ask(now, fresh, past)
+
+    def judge(self, window: Numbers) -> Judgement:
+        """By the newest rows that have enough labels."""
+        found = window.get("performance") or {}
+        return _risen(
+            "performance", "labelled rows", found, found.get("labelled_rows", 0), self.max_rise, self.min_rows
+        )
+
+
+class EstimatedPerformance(Windowed):
+    """The same of the log loss that is estimated from the champion's own probabilities, before labels are known."""
+
+    kind: Literal["estimated_performance"]
+    max_rise: NonNegativeFloat
+
+    def judge(self, window: Numbers) -> Judgement:
+        """By all rows."""
+        found = window.get("estimate") or {}
+        return _risen("estimated performance", "rows", found, found.get("rows", 0), self.max_rise, self.min_rows)
+
+
+class Drift(Windowed):
+    """Enough of the inputs have moved, by what the champion makes of them: `drift` in params.yaml says how much."""
+
+    kind: Literal["drift"]
+
+    def judge(self, window: Numbers) -> Judgement:
+        """By the verdict on the inputs."""
+        found, rows = window["inputs"], window.get("rows", 0)
+        if rows < self.min_rows:
+            return Judgement(None, f"drift: not judged, {rows:,} rows of at least {self.min_rows:,}")
+        if found.get("raises") is None:
+            return Judgement(None, f"drift: not judged, too few columns could be measured ({found.get('judged', 0)})")
+        critical, share = found.get("critical_moved") or [], found.get("weighted_share")
+        words = f"{len(found.get('moved_columns', ()))} of {found['judged']} columns moved"
+        words += "" if share is None else f", {share:.0%} by importance"
+        words += f", critical: {', '.join(critical)}" if critical else ""
+        return Judgement(found["raises"], f"drift: {words}")
+
+
+class Schedule(Params):
+    """So many days have passed since the last retraining, or since the champion's promotion where none is known."""
+
+    kind: Literal["schedule"]
+    every_days: PositiveInt
+
+    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
+        """By as-of dates."""
+        last = max(past.trained, default=past.promoted)
+        if last is None:
+            return Judgement(None, "schedule: not judged, the last retraining is not known")
+        days = (date.fromisoformat(now["end"]) - last).days
+        return Judgement(days >= self.every_days, f"schedule: {days} days since {last}, every {self.every_days}")
+
+
+Trigger = Annotated[Performance | EstimatedPerformance | Drift | Schedule, Field(discriminator="kind")]
+
+
+# --- what a retraining trains on
+
+
+class All(Params):
+    """All days so far."""
+
+    kind: Literal["all"]
+
+    def length(self, as_of: date, change: date | None, held_out: int) -> int | None:
+        """The length of the train window in days; None for all of them."""
+        return None
+
+
+class Last(Params):
+    """The last days before the validation window."""
+
+    kind: Literal["last"]
+    days: PositiveInt
+
+    def length(self, as_of: date, change: date | None, held_out: int) -> int | None:
+        """As many as are set."""
+        return self.days
+
+
+class SinceChange(Params):
+    """The days since the last change point, at least so many; all so far where no change is known."""
+
+    kind: Literal["since_change"]
+    min_days: PositiveInt
+
+    def length(self, as_of: date, change: date | None, held_out: int) -> int | None:
+        """From the change point to the validation window, which begins ``held_out`` days before the as-of date."""
+        return max((as_of - change).days - held_out, self.min_days) if change else None
+
+
+TrainingWindow = Annotated[All | Last | SinceChange, Field(discriminator="kind")]
+
+
+class Budget(Params):
+    """So many retrainings, whoever asked for them, in so many days."""
+
+    retrainings: PositiveInt
+    days: PositiveInt
 
 
 class PolicyParams(Params):
     """The ``policy`` section of params.yaml."""
 
-    min_labelled_rows: int = Field(ge=1)
-    max_log_loss_rise: float = Field(ge=0)
-    max_drifted_share: float = Field(ge=0, le=1)
+    triggers: tuple[Trigger, ...]
+    cooldown_days: NonNegativeInt
+    budget: Budget
+    training_window: TrainingWindow
 
 
-def policy(verdict: dict[str, Any], settings: PolicyParams, paused: str | None = None) -> dict[str, Any]:
-    """Decide by drift's ``verdict``; the reasons are those of the decision. ``paused``: why retraining is, if so."""
-    found = {
+class HeldOut(Params):
+    """What of the ``prepare`` section lies between the train window and the as-of date."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    label_delay_days: int
+    validation_days: int
+    test_days: int
+
+    @property
+    def days(self) -> int:
+        """All together."""
+        return self.label_delay_days + self.validation_days + self.test_days
+
+
+# --- the decision
+
+
+def policy(verdict: Numbers, settings: PolicyParams, past: Past, held_out: int = 0) -> dict[str, Any]:
+    """Decide by drift's ``verdict`` on a window; what would have fired is among the reasons of a hold as well.
+
+    ``held_out``: the days between the train window and the as-of date.
+    """
+    before = _before(verdict, past.windows)
+    asked = {trigger: trigger.ask(verdict, before, past) for trigger in settings.triggers}
+    fired = {trigger: one for trigger, one in asked.items() if one.fires and verdict["version"] is not None}
+    unfit, as_of = _unfit(verdict), date.fromisoformat(verdict["end"])
+    against = [*unfit, *past.against, *_spent(settings, past.trained, as_of)] if fired or unfit else []
+    kind = "hold" if against else "retrain" if fired else "wait"
+    reasons = [*against, *(one.words for one in (fired if fired or against else asked).values())]
+    change = _change_point(verdict, before)
+    return {
+        "verdict": kind,
+        "reasons": reasons or ["no trigger is set"],
+        "fired": list(dict.fromkeys(trigger.kind for trigger in fired)),
+        "train_days": settings.training_window.length(as_of, change, held_out) if kind == "retrain" else None,
         "as_of": verdict["end"],
         "interval": f"{verdict['start']}..{verdict['end']}",
         "version": verdict["version"],
+        "summary": " · ".join([kind.upper(), *(reasons or ["no trigger is set"])]),
     }
-    if obstacle := _obstacle(verdict):
-        return _decision("hold", [obstacle], found)
-    judged = [_performance(verdict["performance"], settings), _drift(verdict["inputs"], settings)]
-    if paused:
-        return _decision("hold", [paused, *(reason for _, reason in judged)], found)
-    if reasons := [reason for fires, reason in judged if fires]:
-        return _decision("retrain", reasons, found)
-    return _decision("wait", [reason for _, reason in judged], found)
 
 
-def _obstacle(verdict: dict[str, Any]) -> str | None:
-    """Why retraining could not help, if so. Drift of broken data says nothing: it is mended at its source."""
+def _unfit(verdict: Numbers) -> list[str]:
+    """Why nothing can be judged, if so. Drift of broken data says nothing: it is mended at its source."""
     if verdict["version"] is None:
-        return "no champion yet: retrain_scheduled trains the first"
+        return ["no champion yet: retrain_scheduled trains the first"]
     data = verdict["data"]
     if data["rejected"]:
-        return "data: validation rejected it; mend it at its source"
-    if data["empty"]:
-        return (
-            f"data: {', '.join(data['empty'])} came empty; mend it at its source, retraining would learn to do without"
-        )
-    return None
+        return ["data: validation rejected it; mend it at its source"]
+    faults = {"empty": "came empty", "out_of_scale": "came in another unit"}
+    found = [f"{', '.join(data[fault])} {words}" for fault, words in faults.items() if data.get(fault)]
+    return [f"data: {' and '.join(found)}; mend it at its source, a retraining would learn it"] if found else []
 
 
-def _performance(found: dict[str, Any], settings: PolicyParams) -> tuple[bool, str]:
-    """Worse than its bound, and by more than its uncertainty explains."""
-    rows, least = found["labelled_rows"], settings.min_labelled_rows
-    if not found["measured"] or rows < least:
-        return False, f"performance: not judged, {rows:,} labelled rows of at least {least:,}"
-    bound = f"bound {settings.max_log_loss_rise:g}"
+def _spent(settings: PolicyParams, trained: Sequence[date], as_of: date) -> list[str]:
+    """The cooldown and the budget, as far as they stand against a retraining as of this date."""
+    found, budget = [], settings.budget
+    if trained and (as_of - trained[-1]).days < settings.cooldown_days:
+        until = trained[-1] + timedelta(days=settings.cooldown_days)
+        found.append(f"cooldown: retrained as of {trained[-1]}, none is asked for before {until}")
+    lately = [day for day in trained if (as_of - day).days < budget.days]
+    if len(lately) >= budget.retrainings:
+        found.append(f"budget: {len(lately)} retrainings within {budget.days} days, at most {budget.retrainings}")
+    return found
+
+
+def _before(verdict: Numbers, windows: Sequence[Window]) -> list[Window]:
+    """The windows before this one that its champion was watched in, the newest first.
+
+    Those that overlap another are left out: their rows would count twice.
+    """
+    found: list[Window] = []
+    for window in reversed(windows):
+        if window.end > (found[-1].start if found else verdict["start"]):
+            continue
+        if window.version != verdict["version"]:
+            break
+        found.append(window)
+    return found
+
+
+def _change_point(verdict: Numbers, before: Sequence[Window]) -> date | None:
+    """The start of the unbroken run of windows up to this one that raise; None if this one does not.
+
+    A change lies somewhere in the first window of the run; its start keeps all that came after.
+    """
+    if not _raises(verdict):
+        return None
+    run = list(takewhile(lambda window: _raises(window.numbers), before))
+    return date.fromisoformat(run[-1].start if run else verdict["start"])
+
+
+def _judged_on(window: Numbers) -> str | None:
+    """The first day of the rows that performance was judged on, where drift's verdict says so."""
+    day: str | None = (window.get("performance") or {}).get("start")
+    return day
+
+
+def _raises(window: Numbers) -> bool:
+    return bool(window["inputs"].get("raises") or window.get("performance", {}).get("worse"))
+
+
+def _risen(name: str, noun: str, found: Numbers, rows: int, bound: float, least: int) -> Judgement:
+    """Whether a loss has risen above its bound, and by more than its uncertainty explains."""
+    if rows < least:
+        return Judgement(None, f"{name}: not judged, {rows:,} {noun} of at least {least:,}")
+    if not found.get("measured") or found.get("rise") is None:
+        return Judgement(None, f"{name}: not judged, it was not measured")
     change = f"log loss {'worse' if found['rise'] > 0 else 'better'} by {abs(found['rise']):.3f}"
-    if found["standard_error"] is None:
-        return False, f"performance: {change}, {bound}, from one day: two at least are needed to judge"
-    reason = f"performance: {change} ± {found['standard_error']:.3f}, {bound}"
-    above = found["rise"] > settings.max_log_loss_rise
-    if above and not found["worse"]:
-        reason += f", but within {found['standard_errors']:g} standard errors"
-    return above and found["worse"], reason
+    if found.get("standard_error") is None:
+        return Judgement(None, f"{name}: {change}, bound {bound:g}, from one day: two at least are needed to judge")
+    words = f"{name}: {change} ± {found['standard_error']:.3f}, bound {bound:g}"
+    above = found["rise"] > bound
+    if above and not found.get("worse"):
+        errors = found.get("standard_errors")
+        words += f", but within {errors:g} standard errors" if errors else ", but within its uncertainty"
+    return Judgement(above and bool(found.get("worse")), words)
 
 
-def _drift(found: dict[str, Any], settings: PolicyParams) -> tuple[bool, str]:
-    if found["share"] is None or found["judged"] * 2 < len(found["columns"]):
-        return False, f"drift: not judged, {found['judged']} of {len(found['columns'])} columns could be measured"
-    moved = f"{len(found['moved_columns'])} of {found['judged']} columns moved"
-    reason = f"drift: {moved} ({found['share']:.0%}), bound {settings.max_drifted_share:.0%}"
-    return found["share"] > settings.max_drifted_share, reason
+# --- the step
 
 
-def _decision(verdict: str, reasons: list[str], found: dict[str, Any]) -> dict[str, Any]:
-    return {"verdict": verdict, "reasons": reasons, **found, "summary": " · ".join([verdict.upper(), *reasons])}
+def _past(state: State, settings: Path) -> Past:
+    """What is known when a window is judged. What this run itself has asked for before it was killed does not count."""
+    me = provenance.actor()
+    breaker = read(state, params.load(settings, "breaker", BreakerParams).refusals)
+    running = retraining.under_way(state, apart_from=me)
+    moved = moves(state.ledger())
+    return Past(
+        windows=state.windows(),
+        trained=retraining.trained(state, apart_from=me),
+        promoted=date.fromisoformat(moved[-1].as_of) if moved and moved[-1].as_of else None,
+        against=[
+            *([breaker.words] if breaker.stops(provenance.data()) else []),
+            *([f"under way: {retraining.words(running)}"] if running else []),
+        ],
+    )
+
+
+def _keep(state: State, verdict: Numbers, decision: Mapping[str, Any]) -> None:
+    """What stays of it: the retraining it asks for first, so that nobody asks twice, then the window."""
+    if decision["verdict"] == "retrain":
+        state.ask_retraining(provenance.actor(), date.fromisoformat(decision["as_of"]))
+    decided_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    seen = (verdict["start"], verdict["end"], verdict["version"], decision["verdict"], numbers(verdict))
+    state.remember_window(Window(*seen, decided_at, provenance.actor()))
+    state.advance_clock(date.fromisoformat(decision["as_of"]))
+
+
+def numbers(verdict: Numbers) -> dict[str, Any]:
+    """What is kept of a window: the answers, and of each column how far it has moved; no curves, no other windows."""
+    columns = {name: _only(found, *COLUMN) for name, found in verdict["inputs"]["columns"].items()}
+    bulk = {"performance": ("calibration", "windows"), "estimate": ("tracked",)}
+    parts = {
+        name: {key: value for key, value in verdict[name].items() if key not in bulk.get(name, ())}
+        for name in ("data", "inputs", "predictions", "performance", "estimate")
+        if name in verdict
+    }
+    return {**_only(verdict, "rows", "labelled_rows"), **parts, "inputs": {**parts["inputs"], "columns": columns}}
+
+
+def _only(found: Numbers, *names: str) -> dict[str, Any]:
+    return {name: found[name] for name in names if name in found}
 
 
 def _attach(version: int | None, folder: Path) -> dict[str, str]:
@@ -115,18 +402,16 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Decide, then lay out the page of this window and the index of all."""
-    options = _options()
-    verdict = read_json(options.drift)
-    breaker = read(State(), params.load(options.params, "breaker", BreakerParams).refusals)
-    paused = breaker.words if breaker.stops(provenance.data()) else None
-    decision = policy(verdict, params.load(options.params, "policy", PolicyParams), paused)
-    reports = places.var() / "reports"
-    folder = page.publish(reports, verdict, decision, options.drift.parent / "report.html")
+    """Decide, keep what was decided, then lay out the page of this window and the index of all."""
+    options, state = _options(), State()
+    verdict, settings = read_json(options.drift), params.load(options.params, "policy", PolicyParams)
+    held_out = params.load(options.params, "prepare", HeldOut).days
+    decision = policy(verdict, settings, _past(state, options.params), held_out)
+    _keep(state, verdict, decision)
+    folder = page.publish(places.var() / "reports", verdict, decision, options.drift.parent / "report.html")
     run = _attach(verdict["version"], folder)
-    State().advance_clock(date.fromisoformat(decision["as_of"]))
     where = (folder / "index.html").relative_to(places.var()).as_posix()
-    stage.finish("policy", options.out, {**decision, **run, "page": where})
+    stage.finish("policy", options.out, {**decision, **run, "asked_by": provenance.actor(), "page": where})
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ CODE = ("pipelines", "dvc.yaml", "uv.lock")  # what a model is made by; settings
 
 def actor() -> str:
     """The DAG run this process belongs to, as ``dag/run``, else the user."""
-    dag, run = os.environ.get("BALLAST_DAG"), os.environ.get("BALLAST_RUN")
-    return f"{dag}/{run}" if dag and run else getpass.getuser()
+    return run() or getpass.getuser()
 
 
-def in_dag_run() -> bool:
-    """Whether a DAG run started this process: then it may be a retry of one that was killed."""
-    return bool(os.environ.get("BALLAST_RUN"))
+def run() -> str | None:
+    """The DAG run this process belongs to; None outside of one. Within one it may be a retry of what was killed."""
+    dag, run_id = os.environ.get("BALLAST_DAG"), os.environ.get("BALLAST_RUN")
+    return f"{dag}/{run_id}" if dag and run_id else None
 
 
 def stated(reason: str, what: str) -> str:

@@ -39,7 +39,7 @@ def rollback(state: State, reason: str, to: int | None = None, head: str | None 
     """
     reason = provenance.stated(reason, "A rollback")
     ledger = state.ledger()
-    before = [entry for entry in ledger if _ours(entry)] if provenance.in_dag_run() else []
+    before = [entry for entry in ledger if _ours(entry)] if provenance.run() else []
     entry = before[-1] if before else _append(state, ledger, reason, to, head)
     champion.project(state)
     return {

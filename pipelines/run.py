@@ -32,7 +32,19 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
-STEPS = ("admit", "register", "decide", "review", "answer", "promote", "rollback", "score", "drift", "policy")
+STEPS = (
+    "settle",
+    "admit",
+    "register",
+    "decide",
+    "review",
+    "answer",
+    "promote",
+    "rollback",
+    "score",
+    "drift",
+    "policy",
+)
 RESULT = "ballast-result "
 # bash, as it makes way for a single command: the kernel's signal at our death then reaches it. Not its rc file, which
 # it reads where stdin is a socket: that may put another python first on the PATH.
@@ -188,6 +200,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dag-id", required=True)
     parser.add_argument("--run-id", required=True)
     parser.add_argument("--as-of", help="a date; without one the clock is asked")
+    parser.add_argument("--train-days", help="`prepare.train_days` of this run: a number, or all; else as committed")
     return parser.parse_known_args()
 
 
@@ -206,7 +219,7 @@ def main() -> None:
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         raise TryAgain("The process that asked for this step is gone. Nothing was done.")
-    workspace = ensure(options.dag_id, options.run_id, _date(options.as_of))
+    workspace = ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
     env = environment(options.dag_id, options.run_id)
     env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / f"links-{options.step}.json")
     result = run(options.step, workspace, arguments, env)

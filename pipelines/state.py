@@ -1,7 +1,7 @@
 """The state store: what must be agreed on by everybody. The only module that holds it.
 
 One small database (``places.state_uri()``): the ledger of champions and of what people said of
-promoting them, the decisions that were made, the example clock.
+promoting them, the decisions that were made, what the monitor saw and which retrainings there were, the example clock.
 ``python -m pipelines.state clock`` prints the date that a run with no date of its own takes.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
@@ -32,6 +33,7 @@ from sqlalchemy import (
     inspect,
     make_url,
     select,
+    update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
@@ -77,6 +79,30 @@ _decisions = Table(
     Column("as_of", Text, nullable=False),
     Column("decided_at", Text, nullable=False),
     Column("data", Text),
+    Column("run", Text),
+)
+_windows = Table(
+    "windows",
+    metadata,
+    Column("start", String(10), primary_key=True),
+    Column("end", String(10), primary_key=True),
+    Column("version", Integer),
+    Column("verdict", Text, nullable=False),
+    Column("numbers", Text, nullable=False),
+    Column("decided_at", Text, nullable=False),
+    Column("actor", Text, nullable=False),
+)
+_retrainings = Table(
+    "retrainings",
+    metadata,
+    Column("asked_by", String(512), primary_key=True),
+    Column("run", Text),
+    Column("as_of", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("asked_at", Text, nullable=False),
+    Column("began_at", Text),
+    Column("ended_at", Text),
+    Column("outcome", Text),
 )
 _settings = Table("settings", metadata, Column("name", String(64), primary_key=True), Column("value", Text))
 
@@ -117,6 +143,34 @@ class Decision:
     as_of: str
     decided_at: str
     data: str | None = None  # provenance.data() of what it was judged on; None where that is not known
+    run: str | None = None  # the DAG run that asked for it, which may decide again; None outside of one
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the monitor saw of an interval (the end is exclusive), and what the policy said of it."""
+
+    start: str
+    end: str
+    version: int | None  # the champion that was watched
+    verdict: str
+    numbers: dict[str, Any]
+    decided_at: str
+    actor: str
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """A retraining, asked for, begun or ended. Times are as-of dates unless named ``_at``."""
+
+    asked_by: str  # the monitor's run whose policy asked, else the retraining's own
+    run: str | None  # the DAG run that does it; None until that has begun it
+    as_of: str
+    kind: str  # of trigger: schedule, drift, alert, person, laptop
+    asked_at: str
+    began_at: str | None = None
+    ended_at: str | None = None
+    outcome: str | None = None  # promote, refuse, paused or failed; None while it is under way
 
 
 class State:
@@ -234,6 +288,52 @@ class State:
         query = select(_decisions).order_by(_decisions.c.decided_at)
         with self._begin() as connection:
             return [Decision(**row) for row in connection.execute(query).mappings()]
+
+    def remember_window(self, window: Window) -> None:
+        """Keep what the monitor saw of an interval; said again, it takes the place of what was said before."""
+        with self._begin() as connection:
+            connection.execute(delete(_windows).where(_windows.c.start == window.start, _windows.c.end == window.end))
+            connection.execute(insert(_windows), {**asdict(window), "numbers": canonical_json(window.numbers)})
+
+    def windows(self) -> list[Window]:
+        """Every interval that the monitor has seen, the oldest first."""
+        query = select(_windows).order_by(_windows.c.end, _windows.c.start)
+        with self._begin() as connection:
+            rows = connection.execute(query).mappings()
+            return [Window(**{**row, "numbers": json.loads(row["numbers"])}) for row in rows]
+
+    def ask_retraining(self, asked_by: str, as_of: date) -> None:
+        """Open a retraining that a run asks for by an event; asked for again, it is the same one."""
+        mine = _retrainings.c.asked_by == asked_by
+        with self._begin() as connection:
+            connection.execute(delete(_retrainings).where(mine, _retrainings.c.run.is_(None)))
+            if connection.scalar(select(_retrainings.c.asked_by).where(mine)) is None:
+                asked = Retraining(asked_by, None, as_of.isoformat(), "drift", _now())
+                connection.execute(insert(_retrainings), asdict(asked))
+
+    def begin_retraining(self, run: str, as_of: date, kind: str, asked_by: Sequence[str] = ()) -> None:
+        """Note that ``run`` retrains now, because of those who asked for it; begun again, it is under way again."""
+        open_or_mine = _retrainings.c.run.is_(None) | (_retrainings.c.run == run)
+        mine = _retrainings.c.asked_by.in_([run, *asked_by]) & open_or_mine
+        began = {"run": run, "as_of": as_of.isoformat(), "kind": kind, "began_at": _now()}
+        with self._begin() as connection:
+            anew = update(_retrainings).where(mine).values(**began, ended_at=None, outcome=None)
+            if not connection.execute(anew).rowcount:
+                new = Retraining(asked_by=run, asked_at=str(began["began_at"]), **began)
+                connection.execute(insert(_retrainings), asdict(new))
+
+    def end_retraining(self, actor: str, outcome: str) -> None:
+        """Note how the retraining of this run ended (of this asker, where none has begun it); none is no error."""
+        unbegun = _retrainings.c.run.is_(None) & (_retrainings.c.asked_by == actor)
+        ended = update(_retrainings).where((_retrainings.c.run == actor) | unbegun)
+        with self._begin() as connection:
+            connection.execute(ended.values(ended_at=_now(), outcome=outcome))
+
+    def retrainings(self) -> list[Retraining]:
+        """Every retraining, the oldest first. What several have asked for, and one run does, is one."""
+        with self._begin() as connection:
+            rows = connection.execute(select(_retrainings).order_by(_retrainings.c.asked_at)).mappings()
+            return list({row["run"] or row["asked_by"]: Retraining(**row) for row in rows}.values())
 
     def clock(self) -> date | None:
         """The date of the example clock; None while the wall clock counts."""
@@ -391,8 +491,14 @@ def _to_2(connection: Connection) -> None:
     connection.exec_driver_sql("DROP TABLE ledger_1")
 
 
-def _to_3(_: Connection) -> None:
-    """The tables stay; an older Ballast, which knows of no approval, must not promote what waits for one."""
+def _to_3(connection: Connection) -> None:
+    """What the monitor saw and which retrainings there were; a decision keeps the run that asked for it.
+
+    And an older Ballast, which knows of no approval, must not promote what waits for one.
+    """
+    connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN run TEXT")
+    for table in (_windows, _retrainings):
+        connection.execute(CreateTable(table))
 
 
 _MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}

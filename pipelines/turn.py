@@ -33,6 +33,7 @@ LOG_POLL_S = 1.0
 EVENT_WITHIN_S = 60.0
 PATIENCE_S = 20.0  # a machine that trains may leave Airflow little to answer with
 LAST_LINES = 12
+SILENT = ("settle",)  # steps whose result tells a person nothing that the next lines do not
 WIDTH = 100
 OUTPUT = ("task.stdout", "task.stderr")  # printed, rather than logged: it may arrive late, amid Airflow's own words
 VERDICTS = r"\b(PROMOTE|REFUSE|PAUSED|RETRAIN|WAIT|HOLD|MOVED|WORSE)\b"
@@ -325,16 +326,19 @@ def clock(seconds: float) -> str:
 
 
 def _show(screen: Screen, task: Task, result: Any) -> None:
-    """One line for a step; branches and announcements have none."""
-    if isinstance(result, dict) and "seconds" in result:
+    """One line for a step; branches and announcements have none, and neither has waiting for what was shown before."""
+    if isinstance(result, dict) and "seconds" in result and task.task_id not in SILENT:
         screen.step(task.task_id, str(result["summary"]), "cached" if result.get("cached") else clock(task.seconds))
 
 
 def _waiting(run: Run, tasks: list[Task]) -> str:
     retried = [task.task_id for task in tasks if task.state == "up_for_retry"]
+    waiting = [task.task_id for task in tasks if task.state == "up_for_reschedule"]
     queued = [task.task_id for task in tasks if task.state in ("queued", "scheduled")]
     if retried:
         return f"{retried[0]:<9} waits before its next try"
+    if waiting:
+        return f"{waiting[0]:<9} waits for a retraining that is under way"
     return f"{queued[0]:<9} is about to begin" if queued else f"{run.dag_id} is {run.state}"
 
 

@@ -46,10 +46,13 @@ def name_of(run_id: str) -> str:
     return plain if plain == run_id else f"{plain}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
 
 
-def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) -> Workspace:
-    """Make the workspace of a run, or find it as it was left. The first call pins the commit and the as-of date.
+def ensure(
+    dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT, train_days: str | None = None
+) -> Workspace:
+    """Make the workspace of a run, or find it as it was left. The first call pins the commit and what differs from it.
 
-    Without a date, a new run takes the clock's. Raises BallastError if the project is no git repository, if the
+    That is the as-of date (without one a new run takes the clock's) and, where they are given, ``prepare.train_days``
+    (a number or ``all``). Raises BallastError if the project is no git repository, if the
     commit's ``uv.lock`` is not the environment's, or if the run was begun as of another date.
     """
     name = f"{name_of(dag_id)}/{name_of(run_id)}"
@@ -66,6 +69,8 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT) ->
             _refuse_foreign_lock(part)
             share_cache(origin, part)
             _set_as_of(part / "params.yaml", as_of)
+            if train_days:
+                _set_train_days(part / "params.yaml", train_days)
     began = params.as_of(root / "params.yaml")
     if as_of and as_of != began:
         raise BallastError(f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date.")
@@ -184,4 +189,16 @@ def _set_as_of(file: Path, as_of: date) -> None:
     text, count = re.subn(r"(?m)^as_of:[ \t]*\S+", f'as_of: "{as_of}"', file.read_text())
     if count != 1:
         raise BallastError(f'params.yaml must have one line `as_of: "<date>"` (found {count}).')
+    file.write_text(text)
+
+
+def _set_train_days(file: Path, train_days: str) -> None:
+    """Set the length of the train window in place, likewise; ``all`` leaves it empty."""
+    if train_days != "all" and not re.fullmatch(r"[1-9]\d*", train_days):
+        raise BallastError(f"The days to train on must be a number above 0, or all (found {train_days!r}).")
+    section = r"(?m)^(prepare:[^\n]*\n(?:(?:[ \t#][^\n]*)?\n)*?[ \t]+train_days:)(?:[ \t]+[^\s#]+)?"
+    value = "" if train_days == "all" else f" {train_days}"
+    text, count = re.subn(section, lambda found: found[1] + value, file.read_text())
+    if count != 1:
+        raise BallastError("params.yaml must have one line `train_days:` in its section `prepare`, empty for all days.")
     file.write_text(text)

@@ -116,7 +116,8 @@ def own_project(root: Path) -> Path:
     params["register"]["model"] = "returns"
     params["decide"] |= {"min_test_rows": 300, "threshold": 0.5, "rules": RULES}
     params["drift"] |= {"min_rows": 300, "columns": {}}
-    params["policy"]["min_labelled_rows"] = 300
+    for trigger in params["policy"]["triggers"]:
+        trigger["min_rows"] = 300
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (root / "pipelines" / "prepare.sql").write_text(SQL)
     (root / "pipelines" / "validate.yaml").write_text(EXPECTATIONS)

@@ -62,6 +62,13 @@ def test_breaker_closes_once_a_challenger_passes(state: State) -> None:
     assert read(state, LIMIT).words == "breaker closed: 1 of 3 refusals in a row"
 
 
+def test_breaker_counts_a_decide_that_was_killed_and_tried_again_once(state: State) -> None:
+    for number, run in enumerate(["drift/a", "drift/b", "drift/b", None, None]):
+        at = datetime.now(UTC) + timedelta(seconds=number)
+        state.remember(Decision(f"{number:064}", 2, "refuse", "", "2013-04-01", at.isoformat(), "a", run))
+    assert [made.run for made in read(state, LIMIT).refused] == ["drift/a", "drift/b", None, None]
+
+
 def test_breaker_reset_by_a_person_counts_anew_and_stays_in_the_ledger(state: State) -> None:
     with pytest.raises(BallastError, match="not open"):
         reset(state, "why", LIMIT)
@@ -115,7 +122,7 @@ def test_admit_while_closed_lets_all_go_on(state: State, monkeypatch: pytest.Mon
 
 def step(monkeypatch: pytest.MonkeyPatch, kind: str, data: str) -> dict[str, Any]:
     """Run the step in a workspace whose dvc.lock has this hash of the data."""
-    Path("params.yaml").write_text(f"breaker: {{refusals: {LIMIT}}}\n")
+    Path("params.yaml").write_text(f"as_of: '2013-04-01'\nbreaker: {{refusals: {LIMIT}}}\n")
     Path("dvc.lock").write_text(f"stages: {{ingest: {{outs: [{{path: data/ingest/tables, md5: {data}}}]}}}}\n")
     monkeypatch.setenv("BALLAST_TRIGGER", json.dumps({"kind": kind}))
     monkeypatch.setattr("sys.argv", ["admit"])

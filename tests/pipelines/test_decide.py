@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,21 @@ def test_judge_that_refuses_once_too_often_says_that_the_breaker_is_open(
     assert "Automatic retraining pauses: breaker OPEN" in caplog.text
     assert registry.version(1).tags["ballast.breaker"].startswith("breaker OPEN: 2")
     assert tracking.run_data(registry.version(1).run_id).metrics["refusals_in_a_row"] == 2
+
+
+def test_judge_ends_the_retraining_of_its_run_however_often_it_is_tried(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BALLAST_DAG", "retrain_on_drift")
+    monkeypatch.setenv("BALLAST_RUN", "x")
+    state = State()
+    state.begin_retraining("retrain_on_drift/x", date(2013, 3, 2), "drift", ["monitor/feb"])
+    project.train()
+    project.register()
+    for _ in range(2):
+        project.decide()
+    assert [(one.run, one.outcome) for one in state.retrainings()] == [("retrain_on_drift/x", "promote")]
+    assert [made.run for made in state.decisions()] == ["retrain_on_drift/x"] * 2
 
 
 def test_judge_keeps_a_record_that_says_what_was_compared_with_what(

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines import run as runner
 from pipelines.workspace import ensure, name_of
@@ -68,20 +69,22 @@ class Project:
         self.git("add", "-A")
         self.git("commit", "-qm", "stages", "--allow-empty")
 
-    def command(self, step: str, run_id: str = "r1", as_of: str = "2013-05-01") -> list[str]:
+    def command(self, step: str, run_id: str = "r1", as_of: str = "2013-05-01", *more: str) -> list[str]:
         # the runner's own main, on this project instead of the one it lies in
         here = (
             "import pathlib, sys; sys.argv[0] = 'pipelines.run'\n"
             f"import pipelines.places; pipelines.places.ROOT = pathlib.Path({str(self.root)!r})\n"
             "from pipelines import errors, run; errors.exit_with(run.main)"
         )
-        return [sys.executable, "-c", here, step, "--dag-id", "d", "--run-id", run_id, "--as-of", as_of]
+        return [sys.executable, "-c", here, step, "--dag-id", "d", "--run-id", run_id, "--as-of", as_of, *more]
 
     def environment(self) -> dict[str, str]:
         return {**os.environ, "BALLAST_VAR": str(self.var), "PYTHONPATH": str(PROJECT)}
 
-    def run(self, step: str, run_id: str = "r1", as_of: str = "2013-05-01") -> subprocess.CompletedProcess[str]:
-        command = self.command(step, run_id, as_of)
+    def run(
+        self, step: str, run_id: str = "r1", as_of: str = "2013-05-01", *more: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = self.command(step, run_id, as_of, *more)
         return subprocess.run(command, env=self.environment(), capture_output=True, text=True, check=False)
 
     def workspace(self, run_id: str = "r1") -> Path:
@@ -111,6 +114,47 @@ def test_run_new_stage_runs_in_a_clone_as_of_its_date(project: Project) -> None:
     assert result["commit"] == project.git("rev-parse", "HEAD")
     assert (project.root / "params.yaml").read_text() == 'as_of: "2013-04-01"\n'
     assert not (project.root / "data").exists()
+
+
+PREPARE = """as_of: "2013-04-01"
+land: {train_days: 1}
+prepare:
+  label_delay_days: 1         # one day
+
+# a word in between
+  train_days:                 # empty: all days so far
+  test_days: 14
+evaluate:
+  train_days: 3
+"""
+
+
+def test_run_train_days_are_pinned_once_and_the_rest_of_the_file_stays(project: Project) -> None:
+    (project.root / "params.yaml").write_text(PREPARE)
+    project.stages()
+    for days in ("90", "30"):
+        result_of(project.run("land", "r1", "2013-04-01", f"--train-days={days}"))
+    found = (project.workspace() / "params.yaml").read_text()
+    assert found == PREPARE.replace("train_days:      ", "train_days: 90      ")
+    assert yaml.safe_load(found)["prepare"] == {"label_delay_days": 1, "train_days": 90, "test_days": 14}
+
+
+def test_run_train_days_all_empties_what_was_committed(project: Project) -> None:
+    (project.root / "params.yaml").write_text(PREPARE.replace("train_days:  ", "train_days: 60  "))
+    project.stages()
+    result_of(project.run("land", "r1", "2013-04-01", "--train-days=all"))
+    result_of(project.run("land", "r2", "2013-04-01"))
+    found = [yaml.safe_load((project.workspace(run) / "params.yaml").read_text()) for run in ("r1", "r2")]
+    assert [one["prepare"]["train_days"] for one in found] == [None, 60]
+
+
+@pytest.mark.parametrize(
+    ("days", "said"), [("0", "a number above 0, or all (found '0')"), ("90", "one line `train_days:` in its section")]
+)
+def test_run_train_days_that_cannot_be_set_make_no_workspace(project: Project, days: str, said: str) -> None:
+    done = project.run("land", "r1", "2013-05-01", f"--train-days={days}")
+    assert (done.returncode, project.workspace().exists()) == (1, False)
+    assert said in done.stderr
 
 
 def test_run_same_inputs_in_another_run_come_from_the_cache_with_the_same_lock(project: Project) -> None:

@@ -13,7 +13,19 @@ import pytest
 from sqlalchemy import Connection
 
 from pipelines.errors import BallastError, Conflict, Held
-from pipelines.state import _MIGRATIONS, GENESIS, SCHEMA, Decision, Entry, Note, State, champions, frozen, today
+from pipelines.state import (
+    _MIGRATIONS,
+    GENESIS,
+    SCHEMA,
+    Decision,
+    Entry,
+    Note,
+    State,
+    Window,
+    champions,
+    frozen,
+    today,
+)
 
 
 @pytest.fixture
@@ -231,12 +243,16 @@ def test_state_written_by_newer_code_is_refused_unchanged(state: State, tmp_path
         State()
 
 
+def made_by_schema(version: int, folder: Path) -> str:
+    """A store that an older Ballast made and used."""
+    with closing(sqlite3.connect(folder / "state.db")) as connection:
+        connection.executescript((Path(__file__).parent / f"state_{version}.sql").read_text())
+    return uri(folder)
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> str:
-    """A store that an older Ballast made and used."""
-    with closing(sqlite3.connect(tmp_path / "state.db")) as connection:
-        connection.executescript((Path(__file__).parent / "state_1.sql").read_text())
-    return uri(tmp_path)
+    return made_by_schema(1, tmp_path)
 
 
 def dump(folder: Path) -> list[str]:
@@ -263,6 +279,53 @@ def test_state_of_an_older_schema_is_brought_forward_with_all_it_held(old: str, 
     fork = "INSERT INTO ledger SELECT 9, prev_hash, 'x', at, as_of, kind, 1, 1, reason, actor, '' FROM ledger"
     with pytest.raises(sqlite3.IntegrityError, match=r"ledger.prev_hash"):
         tamper(tmp_path, fork + " WHERE seq = 4")
+
+
+def test_state_of_schema_2_keeps_all_and_has_room_for_windows_and_retrainings(tmp_path: Path) -> None:
+    state = State(made_by_schema(2, tmp_path))
+    assert [entry.kind for entry in state.ledger()] == ["promote", "promote", "rollback", "freeze"]
+    assert [(made.data, made.run) for made in state.decisions()] == [(None, None), (None, None), ("5e.dir", None)]
+    assert (state.verify(), state.windows(), state.retrainings()) == ([], [], [])
+    use_windows_and_retrainings(state)
+    new = tmp_path / "new"
+    new.mkdir()
+    use_windows_and_retrainings(State(uri(new)))
+    assert columns(tmp_path) == columns(new), "a migrated store is as a new one"
+
+
+def use_windows_and_retrainings(state: State) -> None:
+    state.remember(Decision("e" * 64, 5, "refuse", "", "2013-06-01", "2026-11-04", run="monitor/x"))
+    seen = Window("2013-05-01", "2013-06-01", 3, "wait", {"inputs": {"raises": None, "share": 0.1}}, "2026-11-04", "me")
+    state.remember_window(seen)
+    state.ask_retraining("monitor/x", date(2013, 6, 1))
+    assert (State(str(state._engine.url)).decisions()[-1].run, state.windows()) == ("monitor/x", [seen])
+    assert [one.asked_by for one in state.retrainings()] == ["monitor/x"]
+
+
+def columns(folder: Path) -> dict[str, set[str]]:
+    with closing(sqlite3.connect(folder / "state.db")) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return {name: {row[1] for row in connection.execute(f"PRAGMA table_info({name})")} for name in tables}
+
+
+def test_window_seen_again_takes_the_place_of_the_first(state: State) -> None:
+    may, june = (Window(f"2013-0{n}-01", f"2013-0{n + 1}-01", 1, "wait", {"rows": n}, "now", "me") for n in (5, 6))
+    again = Window("2013-05-01", "2013-06-01", 2, "retrain", {"rows": 9}, "later", "you")
+    for window in (june, may, again):
+        state.remember_window(window)
+    assert state.windows() == [again, june], "the oldest first"
+
+
+def test_retraining_that_is_not_known_ends_without_an_error(state: State) -> None:
+    state.end_retraining("ana", "refuse")
+    assert state.retrainings() == []
+
+
+def test_retraining_begun_by_two_runs_is_two(state: State) -> None:
+    state.ask_retraining("monitor/x", date(2013, 6, 1))
+    for run in ("retrain_on_drift/a", "retrain_on_drift/b"):
+        state.begin_retraining(run, date(2013, 6, 1), "drift", ["monitor/x"])
+    assert [one.asked_by for one in state.retrainings()] == ["monitor/x", "retrain_on_drift/b"]
 
 
 def test_state_whose_migration_breaks_off_is_as_it_was(
