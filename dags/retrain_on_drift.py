@@ -2,8 +2,8 @@
 ### Retrain on drift
 
 The same chain as `retrain_scheduled`, started by the event `drift_detected` when the monitor's policy says that
-retraining is worth it. The event carries the as-of date and the reasons; several events may arrive as one run, all of
-them are read.
+retraining is worth it. The event carries the as-of date, the reasons and how much to train on. Several may arrive as
+one run: all are read, their reasons are kept, and the one with the latest as-of date says as of when and on what.
 
 It ends in the branch `paused`, green, while the circuit breaker is open and the data was refused before.
 

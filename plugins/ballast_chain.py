@@ -73,15 +73,16 @@ def retrain() -> None:
 
 
 def monitor() -> None:
-    """Score the interval with the champion, ask whether anything moved, and let the policy decide."""
+    """Let what the interval before led to come to its end; score with the champion, and let the policy decide."""
     detected = AnnounceOperator(
         task_id="drift_detected",
         asset=DRIFT_DETECTED,
         step="policy",
-        keys=["as_of", "interval", "reasons", "summary"],
+        keys=["as_of", "interval", "reasons", "summary", "train_days", "asked_by"],
     )
     nothing = EmptyOperator(task_id="no_retraining")
     chain(
+        StepOperator(step="settle", ask_again=timedelta(seconds=20)),
         *look(),
         StepOperator(step="score", arguments=interval_start),
         StepOperator(step="drift"),

@@ -12,13 +12,15 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.hitl import HITLOperator
 from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, BranchMixIn, Context
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException
+
+from ballast_calendar import interval_before
 
 if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
@@ -52,8 +54,9 @@ class MlflowLink(BaseOperatorLink):
 class StepOperator(BaseOperator, BranchMixIn):
     """Run one step of the pipeline in the workspace of this DAG run; its result is the XCom.
 
-    With ``branches`` the step's verdict chooses the task that follows. A rejection of the data (exit 65) and a bug
-    fail at once; a server that is away (75) and a killed step are tried again.
+    With ``branches`` the step's verdict chooses the task that follows. With ``ask_again`` the verdict ``wait`` has the
+    step run again after so long, which holds no slot meanwhile and is no retry. A rejection of the data (exit 65) and a
+    bug fail at once; a server that is away (75) and a killed step are tried again.
     """
 
     template_fields = ("step",)
@@ -61,12 +64,19 @@ class StepOperator(BaseOperator, BranchMixIn):
     ui_color = "#eef4fb"
 
     def __init__(
-        self, *, step: str, arguments: Arguments = (), branches: Mapping[str, str] | None = None, **kwargs: Any
+        self,
+        *,
+        step: str,
+        arguments: Arguments = (),
+        branches: Mapping[str, str] | None = None,
+        ask_again: timedelta | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(task_id=kwargs.pop("task_id", step), **kwargs)
         self.step = step
         self.arguments = arguments
         self.branches = branches
+        self.ask_again = ask_again
         self.operator_extra_links = (MlflowLink(),)
         self.result: dict[str, Any] = {}
         self.process: subprocess.Popen[str] | None = None
@@ -79,6 +89,8 @@ class StepOperator(BaseOperator, BranchMixIn):
         if code or not results:
             self._fail(code, [line for line in lines if line.strip()])
         self.result = json.loads(results[-1].removeprefix(RESULT))
+        if self.ask_again and self.result["verdict"] == "wait":
+            raise AirflowRescheduleException(datetime.now(UTC) + self.ask_again)  # type: ignore[no-untyped-call]
         if self.branches:
             # Airflow leaves execute by an exception where it skips tasks: what is returned would be lost.
             context["ti"].xcom_push(key="return_value", value=self.result)
@@ -94,7 +106,7 @@ class StepOperator(BaseOperator, BranchMixIn):
         run = context["dag_run"]
         command = [sys.executable, "-m", "pipelines.run", self.step, "--dag-id", run.dag_id, "--run-id", run.run_id]
         as_of = as_of_date(context)
-        return [*command, *(["--as-of", as_of] if as_of else []), *arguments]
+        return [*command, *(["--as-of", as_of] if as_of else []), *train_days(context), *arguments]
 
     def _environment(self, context: Context) -> dict[str, str]:
         return {**os.environ, "PYTHONUNBUFFERED": "1", "BALLAST_TRIGGER": json.dumps(trigger(context), default=str)}
@@ -189,14 +201,20 @@ def as_of_date(context: Context) -> str | None:
     return None
 
 
+def train_days(context: Context) -> list[str]:
+    """``--train-days`` of a retraining: what the newest of the events that started it asks for, if one does."""
+    asked = [event for event in events(context) if "train_days" in event]
+    newest = sorted(asked, key=lambda event: str(event["as_of"]))[-1:]
+    return [f"--train-days={event['train_days'] or 'all'}" for event in newest]
+
+
 def interval_start(context: Context) -> list[str]:
-    """``--start`` of a monitored interval: the parameter, the data interval's, else the month before the as-of date."""
+    """``--start`` of a monitored interval: by the parameter, the data interval, else one before the as-of date."""
     run, given = context["dag_run"], context["params"].get("start")
     if not given and run.run_type in ("scheduled", "backfill") and run.data_interval_start:
         given = run.data_interval_start.date().isoformat()
     if not given:
-        last_day = date.fromordinal(date.fromisoformat(as_of_date(context) or "").toordinal() - 1)
-        given = last_day.replace(day=1).isoformat()
+        given = interval_before(date.fromisoformat(as_of_date(context) or "")).isoformat()
     return ["--start", given]
 
 

@@ -98,6 +98,34 @@ def test_cron_dags_ship_paused_and_consumers_of_events_do_not(dags: dict[str, An
     assert paused == {"retrain_scheduled", "monitor"}
 
 
+def test_monitor_waits_before_it_looks_and_one_interval_at_a_time(dags: dict[str, Any]) -> None:
+    monitor = dags["monitor"]
+    assert [task.task_id for task in monitor.roots] == ["settle"]
+    assert monitor.get_task("settle").ask_again, "without it a wait would be taken for an end"
+    assert monitor.max_active_runs == 1
+
+
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ("daily", "0 0 * * *"),
+        ("weekly", "0 0 * * 1"),
+        ("", "0 0 1 * *"),
+        ("hourly", "daily, weekly, monthly (found 'h"),
+    ],
+)
+def test_monitor_interval_is_a_setting(interval: str, said: str) -> None:
+    code = "import ballast_calendar as c; print(c.INTERVALS[c.INTERVAL])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"BALLAST_MONITOR_INTERVAL": interval, "PYTHONPATH": str(DAGS.parent / "plugins")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said in done.stdout + done.stderr
+
+
 def test_parsing_dags_imports_nothing_heavy() -> None:
     code = PARSE.format(files=[str(file) for file in FILES])
     path = [str(DAGS.parent / "plugins")]

@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from airflow.sdk import DAG, Asset
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException
 from airflow.utils.types import DagRunType
 
+import ballast_calendar
 import ballast_operators
-from ballast_operators import StepOperator, answered, as_of_date, challenger, events, interval_start, trigger, way_back
+from ballast_operators import (
+    StepOperator,
+    answered,
+    as_of_date,
+    challenger,
+    events,
+    interval_start,
+    train_days,
+    trigger,
+    way_back,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("airflow_database"),
@@ -150,20 +161,27 @@ def test_monitor_policy_chooses_the_branch(
     pipeline: Pipeline, run: Callable[..., Any], verdict: str, goes: str
 ) -> None:
     steps = dict.fromkeys(("land", "ingest", "validate", "score", "drift"), PINNED)
-    policy = {"as_of": "2013-05-01", "interval": "2013-04", "reasons": [], "summary": "words", "verdict": verdict}
-    pipeline.tell(**steps, policy={"result": policy})
-    assert states(run("monitor", as_of="2013-05-01", start="2013-04-01"))[goes] == "success"
+    settled = {"result": {"as_of": "2013-05-01", "verdict": "go"}}
+    said = {"as_of": "2013-05-01", "interval": "2013-04", "reasons": [], "summary": "words", "train_days": 90}
+    policy = {**said, "asked_by": "monitor/x", "verdict": verdict, "page": "somewhere"}
+    pipeline.tell(**steps, settle=settled, policy={"result": policy})
+    dag_run = run("monitor", as_of="2013-05-01", start="2013-04-01")
+    assert states(dag_run)[goes] == "success"
+    if verdict == "retrain":
+        (announced,) = [ti for ti in dag_run.get_task_instances() if ti.task_id == "drift_detected"]
+        payload = announced.xcom_pull(task_ids="drift_detected", key="return_value")
+        assert payload == {**said, "asked_by": "monitor/x"}
     (score,) = [call for call in pipeline.calls() if call["argv"][0] == "score"]
     assert score["argv"][-2:] == ["--start", "2013-04-01"]
 
 
-def attempt(pipeline: Pipeline, **told: Any) -> None:
+def attempt(pipeline: Pipeline, again: timedelta | None = None, **told: Any) -> None:
     """Execute one step outside a DAG run, to see which exception Airflow would get."""
     pipeline.tell(land=told)
     dag_run = SimpleNamespace(dag_id="d", run_id="r", run_type="manual", conf={}, data_interval_end=None)
     context: Any = {"dag_run": dag_run, "params": {}, "ti": None}
     with DAG("one"):
-        operator = StepOperator(step="land")
+        operator = StepOperator(step="land", ask_again=again)
     context["ti"] = SimpleNamespace(task=operator)
     operator.execute(context)
 
@@ -187,6 +205,15 @@ def test_step_exit_code_says_whether_to_try_again(
     with pytest.raises(exception, match=words) as caught:
         attempt(pipeline, **told)
     assert type(caught.value) is exception
+
+
+def test_step_that_must_wait_asks_again_later_and_is_no_failure(pipeline: Pipeline) -> None:
+    before = datetime.now(UTC)
+    with pytest.raises(AirflowRescheduleException) as caught:
+        attempt(pipeline, timedelta(seconds=20), result={"verdict": "wait"})
+    assert timedelta(seconds=20) <= caught.value.reschedule_date - before < timedelta(seconds=60)
+    attempt(pipeline, timedelta(seconds=20), result={"verdict": "go"})
+    attempt(pipeline, None, result={"verdict": "wait"})
 
 
 def context(run_type: str = DagRunType.MANUAL, extras: tuple[dict[str, Any], ...] = (), **params: Any) -> Any:
@@ -227,6 +254,25 @@ def test_interval_start_without_a_date_is_the_month_before() -> None:
         "2013-04-15",
     ]
     assert date.fromisoformat(interval_start(context(DagRunType.MANUAL, as_of="2013-01-01"))[1]) == date(2012, 12, 1)
+
+
+@pytest.mark.parametrize(
+    ("interval", "first"), [("daily", "2013-04-30"), ("weekly", "2013-04-24"), ("monthly", "2013-04-01")]
+)
+def test_interval_start_without_a_date_is_one_interval_before(
+    monkeypatch: pytest.MonkeyPatch, interval: str, first: str
+) -> None:
+    monkeypatch.setattr(ballast_calendar, "INTERVAL", interval)
+    assert interval_start(context(DagRunType.MANUAL, as_of="2013-05-01")) == ["--start", first]
+
+
+def test_train_days_of_coalesced_events_are_those_of_the_latest_as_of_date() -> None:
+    extras = ({"as_of": "2013-06-01", "train_days": 90}, {"as_of": "2013-05-01", "train_days": 30})
+    assert train_days(context(DagRunType.ASSET_TRIGGERED, extras)) == ["--train-days=90"]
+    all_days = ({"as_of": "2013-06-01", "train_days": None},)
+    assert train_days(context(DagRunType.ASSET_TRIGGERED, all_days)) == ["--train-days=all"]
+    assert train_days(context(DagRunType.ASSET_TRIGGERED, ({"as_of": "2013-06-01", "version": 2},))) == []
+    assert train_days(context(DagRunType.MANUAL)) == []
 
 
 def test_challenger_newest_event_supersedes_the_others() -> None:
