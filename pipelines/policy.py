@@ -243,16 +243,17 @@ def policy(verdict: Numbers, settings: PolicyParams, past: Past, held_out: int =
     against = [*unfit, *past.against, *_spent(settings, past.trained, as_of)] if fired or unfit else []
     kind = "hold" if against else "retrain" if fired else "wait"
     reasons = [*against, *(one.words for one in (fired if fired or against else asked).values())]
+    reasons = reasons or ["no trigger is set"]
     change = _change_point(verdict, before)
     return {
         "verdict": kind,
-        "reasons": reasons or ["no trigger is set"],
+        "reasons": reasons,
         "fired": list(dict.fromkeys(trigger.kind for trigger in fired)),
         "train_days": settings.training_window.length(as_of, change, held_out) if kind == "retrain" else None,
         "as_of": verdict["end"],
         "interval": f"{verdict['start']}..{verdict['end']}",
         "version": verdict["version"],
-        "summary": " · ".join([kind.upper(), *(reasons or ["no trigger is set"])]),
+        "summary": " · ".join([kind.upper(), *reasons]),
     }
 
 
@@ -283,7 +284,7 @@ def _spent(settings: PolicyParams, trained: Sequence[date], as_of: date) -> list
 def _before(verdict: Numbers, windows: Sequence[Window]) -> list[Window]:
     """The windows before this one that its champion was watched in, the newest first.
 
-    Those that overlap another are left out: their rows would count twice.
+    Those that overlap another are left out, as their rows would count twice, and so are those whose data was broken.
     """
     found: list[Window] = []
     for window in reversed(windows):
@@ -291,7 +292,8 @@ def _before(verdict: Numbers, windows: Sequence[Window]) -> list[Window]:
             continue
         if window.version != verdict["version"]:
             break
-        found.append(window)
+        if not _unfit({**window.numbers, "version": window.version}):
+            found.append(window)
     return found
 
 

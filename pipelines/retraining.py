@@ -16,9 +16,7 @@ from pipelines.state import Retraining, State, frozen, moves
 # `admit`, each half an hour at most and tried again.
 BEGINS_WITHIN = timedelta(hours=3)
 ENDS_WITHIN = timedelta(hours=24)  # train may take six hours, and three more tries of them
-PROMOTES_WITHIN = timedelta(
-    minutes=15
-)  # the event starts promote within seconds; it takes some, and its retries minutes
+PROMOTES_WITHIN = timedelta(minutes=15)  # promote is started and done within seconds; its retries take minutes
 
 
 def begin(state: State, as_of: date) -> None:
@@ -49,12 +47,8 @@ def trained(state: State, apart_from: str = "") -> list[date]:
 def words(retraining: Retraining) -> str:
     """Which one it is, in one line."""
     since, _ = _since(retraining)
-    at = f"as of {retraining.as_of}, since {since[:16].replace('T', ' ')} UTC"
-    return (
-        f"{retraining.run} retrains {at}"
-        if retraining.run
-        else f"{retraining.asked_by} has asked for a retraining {at}"
-    )
+    who = f"{retraining.run} retrains" if retraining.run else f"{retraining.asked_by} has asked for a retraining"
+    return f"{who} as of {retraining.as_of}, since {since[:16].replace('T', ' ')} UTC"
 
 
 def unpromoted(state: State) -> str | None:

@@ -172,6 +172,32 @@ for _ in range(2):
     assert stack.with_mlflow("-c", code).split() == ["queued", "409"]
 
 
+def test_monitor_waits_for_a_retraining_under_way_and_then_goes_on(stack: Stack, turned: str) -> None:
+    """Of March, which every retraining of the turn has seen already: whatever it finds, it asks for nothing."""
+    code = """
+import time
+from datetime import date
+from pipelines import embedded
+from pipelines.state import State
+state, client = State(), embedded.airflow(30)
+state.begin_retraining("somebody/else", date(2013, 3, 1), "alert")
+client.set_paused("monitor", False)
+run = client.trigger("monitor", "waits", {"start": "2013-03-01", "as_of": "2013-04-01"})
+def task(name):
+    return next((task.state for task in client.tasks(run) if task.task_id == name), None)
+while (found := task("settle")) not in ("up_for_reschedule", "success", "failed"): time.sleep(0.2)
+print(found, task("land"))
+state.end_retraining("somebody/else", "refuse")
+while not (run := client.run(run.dag_id, run.run_id)).over: time.sleep(0.5)
+print(run.state, task("settle"), state.windows()[0].verdict)
+client.set_paused("monitor", True)
+"""
+    waits, ends = stack.with_mlflow("-c", code).splitlines()[-2:]
+    assert waits == "up_for_reschedule None"
+    assert ends.split()[:2] == ["success", "success"]
+    assert ends.split()[2] in ("wait", "hold")
+
+
 SET = """
 import re, sys
 from pathlib import Path

@@ -177,6 +177,14 @@ def test_policy_windows_of_another_champion_or_not_before_this_one_do_not_count(
     assert "(1 of the last 1 windows, needed: 2 of 3)" in found["summary"]
 
 
+def test_policy_windows_whose_data_was_broken_do_not_count():
+    past = Past([window(5, **RAISED), window(6, data={"empty": ["dewp"]}, **RAISED)])
+    assert (
+        "(2 of the last 2 windows"
+        in policy(verdict(**RAISED), settings({**DRIFT, "windows": 3, "of": 3}), past)["summary"]
+    )
+
+
 def test_policy_windows_that_overlap_count_once():
     june = window(6, **RAISED)
     weeks = [Window("2013-06-24", "2013-07-03", 3, "wait", june.numbers, "", ""), june]

@@ -175,6 +175,7 @@ def test_retraining_that_counted_as_dead_and_comes_after_all_is_under_way_again(
     state.end_retraining("monitor/july", "failed")
     state.begin_retraining("retrain_on_drift/x", AS_OF, "drift", ["monitor/july"])
     assert [(one.run, one.outcome) for one in state.retrainings()] == [("retrain_on_drift/x", None)]
+    assert retraining.under_way(state) is not None
 
 
 def test_settle_main_writes_its_result(state: State, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from pipelines.turn import RunFailed, Screen
 START = datetime(2026, 1, 1, tzinfo=UTC)
 DAY = date(2013, 4, 1)
 RETRAIN = ["land", "train", "decide", "challenger_ready"]
-MONITOR = ["land", "policy", "drift_detected"]
+MONITOR = ["settle", "land", "policy", "drift_detected"]
 EXECUTE = [{"event": "::group::Pre Execute"}, {"event": "DAG bundles loaded"}, {"event": "::endgroup::"}]
 
 
@@ -278,6 +278,13 @@ def test_progress_at_no_terminal_asks_for_no_log(screen: Screen) -> None:
 
     assert "log train" not in airflow.calls
     assert shown(screen) == []
+
+
+def test_progress_while_a_step_waits_says_for_what() -> None:
+    run = Run("monitor", "turn__2013-04", "running", START, START, None, {})
+    assert turn._waiting(run, [Task("settle", "up_for_reschedule", 1, START, None)]) == (
+        "settle    waits for a retraining that is under way"
+    )
 
 
 def test_progress_at_a_terminal_shows_the_last_line_of_the_task_as_it_is() -> None:
