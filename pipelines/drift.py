@@ -1,8 +1,8 @@
 """Four questions about a scored batch: is the data broken, have inputs moved, predictions moved, is the model worse?
 
 Inputs are compared with the rows that the champion was trained on, predictions with those on its test window.
-Whether the model is worse is no matter of distributions: it is the realised log loss of the labelled rows against
-the test window's, with a standard error by day.
+Whether the model is worse is no matter of distributions: performance.py judges it by the labels, estimate.py before
+they have come.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from pipelines import metrics, stage
+from pipelines import places, stage
 from pipelines.comparison import Rule, column, compare, keep
 from pipelines.errors import ParamsError, exit_with
+from pipelines.estimate import estimate_verdict, tracked
 from pipelines.files import read_json, write_json
 from pipelines.params import Params, load
+from pipelines.performance import PerformanceParams, Window, by_window, performance_verdict
 from pipelines.schema import Features
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,8 @@ log = logging.getLogger(__name__)
 Verdict = dict[str, Any]
 
 PREDICTION = "probability"
-CALIBRATION_BINS = 10
 NAMED_COLUMNS = 4
+PARTS = ("data", "inputs", "predictions", "performance", "estimate")
 
 
 class DriftParams(Params):
@@ -40,17 +42,24 @@ class DriftParams(Params):
     max_rows: int = Field(ge=1)
     seed: int
     min_rows: int = Field(ge=1)
-    standard_errors: float = Field(ge=0)
     numeric: Rule
     categorical: Rule
     columns: dict[str, Rule]
     prediction: Rule
 
 
-def drift(score: Path, validate: Path, out: Path, params: DriftParams) -> Verdict:
+def drift(
+    score: Path,
+    validate: Path,
+    out: Path,
+    params: DriftParams,
+    judging: PerformanceParams,
+    history: Iterable[Verdict] = (),
+) -> Verdict:
     """Compare the batch in ``score`` with the champion's windows; write verdict.json, report.html and report.json.
 
-    ``validate`` is the verdict of validate, which need not exist. Nothing to compare with is a finding, no error.
+    ``validate`` is the verdict of validate, which need not exist; ``history`` are the verdicts of earlier windows.
+    Nothing to compare with is a finding, no error.
     """
     scored = read_json(score / "result.json")
     for name in ("verdict.json", "report.html", "report.json", "result.json"):
@@ -60,8 +69,10 @@ def drift(score: Path, validate: Path, out: Path, params: DriftParams) -> Verdic
         verdict |= _without_champion(validate)
     else:
         verdict |= _compare(score, Features.model_validate(scored["features"]), validate, out, params)
+        verdict |= _judge(score, scored, judging, history)
     write_json(out / "verdict.json", verdict)
-    parts = [verdict[part]["words"] for part in ("data", "inputs", "predictions", "performance")]
+    judged = verdict["performance"].get("present")  # by its own labels: an estimate adds nothing
+    parts = [verdict[part]["words"] for part in PARTS if part != "estimate" or not judged]
     return {**verdict, "summary": " · ".join(part for part in parts if part)}
 
 
@@ -104,46 +115,6 @@ def predictions_verdict(found: Verdict, batch: pd.Series, reference: pd.Series) 
     return {**found, **means, "words": words[found["moved"]]}
 
 
-def performance_verdict(batch: pd.DataFrame, reference: pd.DataFrame, params: DriftParams) -> Verdict:
-    """Is the model worse: its log loss on the batch's labelled rows against that on its own test window.
-
-    ``worse`` is null where a side has one day only: the days are what the standard error is taken from.
-    """
-    batch, reference = batch[batch["label"].notna()], reference[reference["label"].notna()]
-    if batch.empty or reference.empty:
-        side = "batch" if batch.empty else "reference"
-        return {"measured": False, "labelled_rows": len(batch), "words": f"model not judged: no labels in the {side}"}
-    now, then = _metrics(batch), _metrics(reference)
-    rise = now["log_loss"] - then["log_loss"]
-    error = _standard_error(batch, reference, params.seed)
-    worse = None if error is None else rise > params.standard_errors * error
-    return {
-        "measured": True,
-        "labelled_rows": len(batch),
-        "log_loss": now["log_loss"],
-        "reference_log_loss": then["log_loss"],
-        "rise": rise,
-        "standard_error": error,
-        "standard_errors": params.standard_errors,
-        "worse": worse,
-        "auc": _number(now["roc_auc"]),
-        "reference_auc": _number(then["roc_auc"]),
-        "label_rate": now["label_rate"],
-        "reference_label_rate": then["label_rate"],
-        "calibration": {"batch": _calibration(batch), "reference": _calibration(reference)},
-        "words": f"{_judgement(rise, error, worse)}: log loss {now['log_loss']:.3f}, was {then['log_loss']:.3f}",
-    }
-
-
-def _judgement(rise: float, error: float | None, worse: bool | None) -> str:
-    """A rise of one standard error is noise; one that is more, and yet not enough to be sure, is called that."""
-    if error is None:
-        return "model not judged"
-    if worse:
-        return "model WORSE"
-    return "model not certainly worse" if rise > error else "model not worse"
-
-
 def rules_of(features: Features, params: DriftParams) -> dict[str, Rule]:
     """The rule of each feature; raise ParamsError where a method does not fit the kind of its column."""
     rules = {name: params.columns.get(name, params.numeric) for name in features.numeric}
@@ -178,9 +149,20 @@ def _compare(score: Path, features: Features, validate: Path, out: Path, params:
         "data": data_verdict(validate, [name for name in found if _is_empty(found[name])]),
         "inputs": inputs_verdict(found),
         "predictions": predictions_verdict(prediction, batch[PREDICTION], test[PREDICTION]),
-        "performance": performance_verdict(batch, test, params),
         "sample": _sample_words(samples, [batch, train, test], params.seed),
     }
+
+
+def _judge(score: Path, scored: Verdict, params: PerformanceParams, history: Iterable[Verdict]) -> Verdict:
+    """Is the model worse, by the labels that have come and by what may be expected of those that have not."""
+    present = Window(scored["start"], scored["end"], scored["version"])
+    logged = pd.read_parquet(score / "logged.parquet")
+    reference = pd.read_parquet(score / "reference.parquet", columns=["window", "time", "label", "probability"])
+    test, windows = reference[reference["window"] == "test"], by_window(logged)
+    performance = performance_verdict(windows, present, test, scored["labels_until"], params)
+    batch, judged = windows.get(present, logged.iloc[:0]), performance["windows"]
+    estimate = estimate_verdict(batch, test, tracked(judged, history, present), params)
+    return {"performance": performance, "estimate": estimate}
 
 
 def _without_champion(validate: Path) -> Verdict:
@@ -189,7 +171,8 @@ def _without_champion(validate: Path) -> Verdict:
         "data": data_verdict(validate, []),
         "inputs": inputs_verdict({}) | {"words": "no champion yet: nothing to compare with"},
         "predictions": nothing | {"words": ""},
-        "performance": {"measured": False, "labelled_rows": 0, "words": ""},
+        "performance": {"measured": False, "labelled_rows": 0, "words": "", "windows": []},
+        "estimate": {"measured": False, "rows": 0, "tracked": [], "bias": None, "words": ""},
         "sample": "",
     }
 
@@ -205,27 +188,6 @@ def _sample_words(samples: list[pd.DataFrame], whole: list[pd.DataFrame], seed: 
     names = ("the batch", "the train window", "the test window")
     parts = [f"{len(some):,} of {len(all_):,} rows of {n}" for n, some, all_ in zip(names, samples, whole, strict=True)]
     return f"{parts[0]}, {parts[1]} and {parts[2]}, drawn with seed {seed}"
-
-
-def _metrics(frame: pd.DataFrame) -> dict[str, float]:
-    return metrics.binary(frame["label"].astype(float), frame[PREDICTION], threshold=0.5, bins=CALIBRATION_BINS)
-
-
-def _calibration(frame: pd.DataFrame) -> list[dict[str, float]]:
-    curve = metrics.calibration_curve(frame["label"].astype(float), frame[PREDICTION], CALIBRATION_BINS)
-    return [{str(name): float(value) for name, value in point.items()} for point in curve.to_dict("records")]
-
-
-def _standard_error(batch: pd.DataFrame, reference: pd.DataFrame, seed: int) -> float | None:
-    """Of the rise in log loss, by a bootstrap over the days of both sides; None where a side has a single day."""
-    draws = []
-    for offset, frame in enumerate((batch, reference)):
-        days = frame["time"].dt.floor("D")
-        if days.nunique() < 2:
-            return None
-        losses = metrics.log_loss_rows(frame["label"].astype(float), frame[PREDICTION])
-        draws.append(metrics.bootstrap_by_day(losses, days.to_numpy(), seed + offset))
-    return float(np.std(draws[0] - draws[1]))
 
 
 def _missing(frame: pd.DataFrame, name: str) -> float | None:
@@ -256,6 +218,11 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _history() -> list[Verdict]:
+    """The verdicts of the windows that the policy has published."""
+    return [read_json(path) for path in (places.var() / "reports" / "monitor").glob("[!.]*/verdict.json")]
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m pipelines.drift")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
@@ -269,9 +236,10 @@ def main() -> None:
     """Judge the scored batch."""
     options = _options()
     params = load(options.params, "drift", DriftParams)
-    found = drift(options.score, options.validate, options.out, params)
+    judging = load(options.params, "performance", PerformanceParams)
+    found = drift(options.score, options.validate, options.out, params, judging, _history())
     # The columns stay in verdict.json: what Airflow passes on is the answers.
-    answers = {name: found[name]["words"] for name in ("data", "inputs", "predictions", "performance")}
+    answers = {name: found[name]["words"] for name in PARTS}
     named = {name: found[name] for name in ("version", "start", "end", "summary")}
     stage.finish("drift", options.out, {**named, "answers": answers})
 

@@ -90,11 +90,44 @@ def bootstrap_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int, draw
         raise BallastError(f"A bootstrap needs one day per value (found values {values.shape}, days {days.shape}).")
     if np.isnan(values).any():
         raise BallastError(f"A bootstrap needs numbers (found {np.isnan(values).sum()} NaN of {len(values)} values).")
-    names, position = np.unique(days, return_inverse=True)
-    sums, rows = np.bincount(position, weights=values), np.bincount(position)
-    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    means: Floats = (times @ sums) / (times @ rows)
+    position, times = resampled_days(days, seed, draws)
+    means: Floats = (times @ np.bincount(position, weights=values)) / (times @ np.bincount(position))
     return means
+
+
+def resampled_days(days: npt.ArrayLike, seed: int, draws: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
+    """The place of each row's day among the days, (n,), and how often each draw takes each day, (draws, days)."""
+    names, position = np.unique(np.asarray(days), return_inverse=True)
+    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return position, times
+
+
+def error_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int) -> float | None:
+    """The standard error of the mean of ``values`` by ``bootstrap_by_day``; None for a single day.
+
+    The spread of n resampled days is short by sqrt((n - 1) / n).
+    """
+    count = len(np.unique(np.asarray(days)))
+    return float(bootstrap_by_day(values, days, seed).std() * math.sqrt(count / (count - 1))) if count > 1 else None
+
+
+def auc_error_by_day(label: npt.ArrayLike, probability: npt.ArrayLike, days: npt.ArrayLike) -> float | None:
+    """The standard error of the ROC AUC where days are the sample, not rows; None for one day or one class.
+
+    Each row's part is the share of the other class that it is ranked right against, less the AUC; parts of a day are
+    added before they are squared. Source: Obuchowski, "Nonparametric Analysis of Clustered ROC Curve Data" (1997).
+    """
+    label, probability = _checked(label, probability)
+    position = np.unique(np.asarray(days), return_inverse=True)[1]
+    rows = np.array([(label == 0).sum(), (label == 1).sum()])
+    if (count := position.max() + 1) < 2 or not rows.all():
+        return None
+    scores = pd.Series(probability)
+    above = (scores.rank() - scores.groupby(label).rank()).to_numpy()  # rows of the other class, a tie as one half
+    own, other = rows[label.astype(int)], rows[1 - label.astype(int)]
+    right = np.where(label == 1, above, other - above) / other
+    sums = np.bincount(position, weights=(right - right[label == 1].mean()) / own)
+    return float(math.sqrt(count / (count - 1) * np.square(sums).sum()))
 
 
 class Estimate(NamedTuple):
@@ -129,6 +162,12 @@ def widening(days: int, confidence: float) -> float:
     from scipy.special import ndtri, stdtrit
 
     return float(math.sqrt(days / (days - 1)) * stdtrit(days - 1, confidence) / ndtri(confidence))
+
+
+def expected_auc(expected: npt.ArrayLike, probability: npt.ArrayLike) -> float:
+    """The ROC AUC of ``probability`` if each row's label is 1 with the chance ``expected``, (n,), and 0 otherwise."""
+    hits, alarms = _counts(np.asarray(expected, dtype=np.float64), np.asarray(probability, dtype=np.float64))
+    return float(np.trapezoid(hits / hits[-1], alarms / alarms[-1]))
 
 
 # Counted here and not by scikit-learn, whose import takes a second that each run of evaluate and decide would wait;

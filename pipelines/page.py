@@ -137,6 +137,8 @@ def _model(found: Verdict) -> Answer:
         f" AUC {found['auc']:.3f}, was {found['reference_auc']:.3f}." if found["auc"] and found["reference_auc"] else ""
     )
     sentence = f"{losses} {abs(found['rise']):.3f}{error} on {found['labelled_rows']:,} labelled rows.{auc}"
+    if not found.get("present", True):
+        sentence += f" These are of {window_name(found['start'], found['end'])}: this window has too few labels yet."
     if found["standard_error"] is None:
         return Answer(question, "Not judged", f"{sentence} One day is too few to tell.", "unknown")
     if found["worse"]:
@@ -186,7 +188,7 @@ def _window(folder: Path) -> Verdict:
 def _history(windows: list[Verdict]) -> Verdict | None:
     """Realised log loss per window and that of the champion's test window, as SVG points; None without labels."""
     judged = [(i, window["verdict"]["performance"]) for i, window in enumerate(windows)]
-    judged = [(i, found) for i, found in judged if found["measured"]]
+    judged = [(i, found) for i, found in judged if found["measured"] and found.get("present", True)]
     if not judged:
         return None
     losses = [found[name] for _, found in judged for name in ("log_loss", "reference_log_loss")]

@@ -1,9 +1,11 @@
-"""Score a batch with the champion: its own preparation, its own windows beside it, and the labels known by now."""
+"""Score a batch with the champion: its own preparation, its own windows beside it, and the labels known by now.
+
+What is predicted goes to the prediction log, and what was logged before meets the labels that have come since.
+"""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import places, registry, stage
+from pipelines import places, predictions, registry, stage
 from pipelines.errors import BallastError, DataRejected, exit_with
 from pipelines.files import whole_file
 from pipelines.model import Model, load
 from pipelines.params import Params, as_of
 from pipelines.params import load as load_params
+from pipelines.performance import PerformanceParams
 from pipelines.state import State
 
 
@@ -27,22 +30,32 @@ class ScoreParams(Params):
 
 
 def score(
-    champion: Model, version: int, tables: Path, quarantine: Path | None, start: date, end: date, out: Path
+    champion: Model,
+    version: int,
+    tables: Path,
+    quarantine: Path | None,
+    start: date,
+    end: date,
+    out: Path,
+    log: Path,
+    earlier_windows: int,
 ) -> dict[str, Any]:
     """Write predictions.parquet (rows with start <= time < end) and reference.parquet (train and test window).
 
-    A label is null where it could not be known at ``end``; so is the probability of train rows, which the champion
-    has seen: nothing may be compared with it. Raises DataRejected where the interval holds no row.
+    The predictions are logged in ``log``; logged.parquet is what it has of this batch and the ``earlier_windows``
+    before, with the labels of now. A label is null where it could not be known at ``end``; so is the probability of
+    train rows, which the champion has seen: nothing may be compared with it. Raises DataRejected where the interval
+    holds no row.
     """
     rows = champion.prepare(tables, quarantine)
+    labels_until = end - timedelta(days=champion.schema["label_delay_days"])
+    rows.loc[rows["time"] >= _midnight(labels_until), "label"] = pd.NA
     batch = _between(rows, _midnight(start), _midnight(end))
     if batch.empty:
         raise DataRejected(
             f"There is no row to score from {start} to {end} (found {_extent(rows)}). "
             "Land the missing data, or ask for another interval."
         )
-    delay = timedelta(days=champion.schema["label_delay_days"])
-    batch.loc[batch["time"] >= _midnight(end) - delay, "label"] = pd.NA
     windows = champion.schema["windows"]
     train, test = (
         _between(rows, pd.Timestamp(windows[name]["start"]), pd.Timestamp(windows[name]["end"])).assign(window=name)
@@ -52,11 +65,16 @@ def score(
     columns = ["key", "time", "label", "probability", *champion.features.names]
     _write(out / "predictions.parquet", batch[columns])
     _write(out / "reference.parquet", pd.concat([train.assign(probability=np.nan), test])[["window", *columns]])
+    hashes = predictions.features_hash(batch, champion.features)
+    predictions.write(log, batch.assign(features_hash=hashes), version, start, end)
+    logged = predictions.read(log, end, 1 + earlier_windows)
+    _write(out / "logged.parquet", logged.merge(rows[["key", "label"]], on="key", how="left", validate="m:1"))
     labelled = int(batch["label"].notna().sum())
     return {
         **_about(version, start, end),
         "rows": len(batch),
         "labelled_rows": labelled,
+        "labels_until": labels_until.isoformat(),
         "features": champion.features.model_dump(),
         "summary": f"{len(batch):,} rows with v{version} · {labelled:,} with a label",
     }
@@ -64,17 +82,9 @@ def score(
 
 def without_champion(start: date, end: date, out: Path) -> dict[str, Any]:
     """The result while no model has been promoted; what an earlier run left is removed."""
-    for name in ("predictions.parquet", "reference.parquet"):
+    for name in ("predictions.parquet", "reference.parquet", "logged.parquet"):
         (out / name).unlink(missing_ok=True)
     return {**_about(None, start, end), "rows": 0, "labelled_rows": 0, "summary": "no champion yet: nothing scored"}
-
-
-def keep(out: Path, result: dict[str, Any]) -> Path:
-    """Copy the predictions to the prediction log under var/, whole; the same batch and version replace themselves."""
-    kept = places.var() / "predictions" / f"{result['start']}..{result['end']}-v{result['version']}.parquet"
-    with whole_file(kept) as part:
-        shutil.copyfile(out / "predictions.parquet", part)
-    return kept
 
 
 def _about(version: int | None, start: date, end: date) -> dict[str, Any]:
@@ -112,6 +122,7 @@ def main() -> None:
     """Score from ``--start`` to the as-of date with the champion of the ledger."""
     options = _options()
     load_params(options.params, "score", ScoreParams)
+    earlier = load_params(options.params, "performance", PerformanceParams).earlier_windows
     start, end = options.start, as_of(options.params)
     if start >= end:
         raise BallastError(f"--start must lie before the as-of date {end} (found {start}): the batch ends there.")
@@ -119,9 +130,8 @@ def main() -> None:
     if version is None:
         result = without_champion(start, end, options.out)
     else:
-        champion = load(registry.model(version))
-        result = score(champion, version, options.tables, options.quarantine, start, end, options.out)
-        keep(options.out, result)
+        champion, log = load(registry.model(version)), places.var() / "predictions"
+        result = score(champion, version, options.tables, options.quarantine, start, end, options.out, log, earlier)
     stage.finish("score", options.out, result)
 
 

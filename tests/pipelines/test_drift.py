@@ -14,16 +14,18 @@ import pytest
 import yaml
 
 from pipelines.comparison import Rule, column, compare
-from pipelines.drift import DriftParams, drift, performance_verdict, rules_of
+from pipelines.drift import DriftParams, drift, main, rules_of
 from pipelines.errors import ParamsError
 from pipelines.files import read_json, write_json
 from pipelines.params import load
+from pipelines.performance import PerformanceParams
 from pipelines.schema import Features
 
 WASSERSTEIN = {"method": "wasserstein", "threshold": 0.3}
 JENSENSHANNON = {"method": "jensenshannon", "threshold": 0.1}
 FEATURES = {"numeric": ["calm", "shifted", "silent", "sparse", "loud", "gone"], "categorical": ["carrier", "tail"]}
 ROWS = 1500
+JUDGING = PerformanceParams(earlier_windows=1, min_rows=100, standard_errors=2, calibration_bins=10, seed=1)
 
 
 def settings(**changes: Any) -> DriftParams:
@@ -31,7 +33,6 @@ def settings(**changes: Any) -> DriftParams:
         "max_rows": 1000,
         "seed": 1,
         "min_rows": 100,
-        "standard_errors": 2,
         "numeric": WASSERSTEIN,
         "categorical": JENSENSHANNON,
         "columns": {},
@@ -62,7 +63,9 @@ def lay_out(folder: Path, batch: pd.DataFrame, reference: pd.DataFrame, **result
     folder.mkdir(parents=True)
     batch.to_parquet(folder / "predictions.parquet")
     reference.to_parquet(folder / "reference.parquet")
-    scored = {"version": 3, "start": "2013-04-01", "end": "2013-04-11", "rows": len(batch), "features": FEATURES}
+    window = {"version": 3, "start": "2013-04-01", "end": "2013-04-11"}
+    batch[["key", "time", "label", "probability"]].assign(**window).to_parquet(folder / "logged.parquet")
+    scored = window | {"rows": len(batch), "labels_until": "2013-04-11", "features": FEATURES}
     write_json(folder / "result.json", scored | {"labelled_rows": int(batch["label"].notna().sum())} | result)
     return folder
 
@@ -85,7 +88,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     reference.loc[reference["window"] == "train", "probability"] /= 10
     reference.loc[reference["window"] == "test", "calm"] += 5
     score = lay_out(folder / "score", batch.drop(columns="gone"), reference)
-    result = drift(score, folder / "none.json", folder / "out", settings())
+    result = drift(score, folder / "none.json", folder / "out", settings(), JUDGING)
     write_json(folder / "out" / "result.json", result)
     return folder / "out"
 
@@ -158,16 +161,16 @@ def test_drift_sample_is_stated(verdict):
 
 def test_drift_empty_batch_is_a_finding(tmp_path):
     score = lay_out(tmp_path / "score", rows(3, "2013-04-01", 0), references())
-    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings())
+    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings(), JUDGING)
     assert result["data"]["empty"] == [*FEATURES["numeric"], *FEATURES["categorical"]]
     assert result["predictions"]["mean"] is None
-    assert "model not judged: no labels in the batch" in result["summary"]
+    assert "model not judged: 0 labelled rows, 100 needed · not estimated: 0 rows" in result["summary"]
     assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_drift_empty_reference_judges_nothing(tmp_path):
     score = lay_out(tmp_path / "score", rows(3, "2013-04-01"), references().iloc[:0])
-    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings())
+    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings(), JUDGING)
     assert (result["inputs"]["moved"], result["inputs"]["share"], result["data"]["broken"]) == (None, None, False)
     assert "inputs not measured · predictions not measured" in result["summary"]
 
@@ -177,7 +180,7 @@ def test_drift_without_champion_says_so_and_clears_the_last_report(tmp_path):
     write_json(folder / "report.json", {})
     unscored = {"version": None, "start": "2013-04-01", "end": "2013-05-01", "rows": 0, "labelled_rows": 0}
     write_json(score / "result.json", unscored)
-    result = drift(score, tmp_path / "none.json", folder, settings())
+    result = drift(score, tmp_path / "none.json", folder, settings(), JUDGING)
     assert result["summary"] == "no champion yet: nothing to compare with"
     assert [path.name for path in folder.iterdir()] == ["verdict.json"]
 
@@ -186,59 +189,50 @@ def test_drift_rejected_data_is_broken(tmp_path):
     write_json(tmp_path / "score" / "result.json", dict.fromkeys(("version", "start", "end", "rows", "labelled_rows")))
     found = {"passed": False, "expectations": 14, "warnings": [{}], "quarantined": {"flights": 30, "weather": 1}}
     write_json(tmp_path / "validate.json", found)
-    data = drift(tmp_path / "score", tmp_path / "validate.json", tmp_path / "out", settings())["data"]
+    data = drift(tmp_path / "score", tmp_path / "validate.json", tmp_path / "out", settings(), JUDGING)["data"]
     assert (data["broken"], data["warnings"], data["quarantined"]) == (True, 1, 31)
     assert data["words"] == "data BROKEN (rejected by validation)"
 
 
-def test_performance_flipped_labels_are_worse():
+def test_drift_labels_that_turn_round_are_told_by_the_labels_and_by_nothing_else(tmp_path):
+    """Concept drift: inputs and predictions stay where they were, and so does what they let expect."""
     batch = rows(3, "2013-04-01")
     batch["label"] = 1 - batch["label"]
-    found = performance_verdict(batch, rows(2, "2013-03-01"), settings())
-    assert found["worse"] is True
-    assert found["rise"] == pytest.approx(found["log_loss"] - found["reference_log_loss"])
-    assert found["rise"] > 10 * found["standard_error"]
-    assert found["auc"] < 0.5 < found["reference_auc"]
-    assert found["words"].startswith("model WORSE: log loss 1.")
+    score = lay_out(tmp_path / "score", batch, references())
+    found = drift(score, tmp_path / "none.json", tmp_path / "out", settings(), JUDGING)
+    assert found["performance"]["worse"] is True
+    assert (found["inputs"]["moved"], found["predictions"]["moved"], found["estimate"]["worse"]) == (
+        False,
+        False,
+        False,
+    )
+    assert "model WORSE" in found["summary"]
+    assert "estimate" not in found["summary"]
 
 
-def test_performance_noise_is_not_worse():
-    """Of ten windows of the same process at most two may look worse at two standard errors (binomial: 0.998)."""
-    reference = rows(2, "2013-03-01")
-    found = [performance_verdict(rows(10 + i, "2013-04-01"), reference, settings())["worse"] for i in range(10)]
-    assert sum(found) <= 2
+def test_main_without_labels_estimates_and_later_says_how_good_that_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BALLAST_VAR", str(tmp_path / "var"))
+    monkeypatch.setattr("sys.argv", ["drift"])
+    sections = {"drift": settings().model_dump(), "performance": JUDGING.model_dump()}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(sections))
+    april, score, reference = rows(3, "2013-04-01"), tmp_path / "data" / "score", references()
+    lay_out(score, april.assign(label=pd.NA), reference, labels_until="2013-03-01")
+    main()
+    found = read_json(tmp_path / "data" / "drift" / "result.json")
+    assert found["answers"]["estimate"].startswith("estimate not worse: log loss 0.")
+    assert found["answers"]["estimate"] in found["summary"]
+    before = read_json(tmp_path / "data" / "drift" / "verdict.json")
+    write_json(tmp_path / "var" / "reports" / "monitor" / "2013-04-01..2013-04-11" / "verdict.json", before)
 
-
-def test_performance_two_bad_days_of_ten_are_uncertain():
-    """They cost much, but days hang together: by rows the same rise would be certain many times over."""
-    batch, reference = rows(3, "2013-04-01"), rows(2, "2013-03-01")
-    batch.loc[batch["time"] < "2013-04-03", "label"] = 1
-    found = performance_verdict(batch, reference, settings())
-    by_row = np.sqrt(2 * 0.5**2 / ROWS)
-    assert found["rise"] > 2 * found["standard_errors"] * by_row
-    assert found["worse"] is False
-    assert found["words"].startswith("model not certainly worse")
-
-
-def test_performance_unlabelled_rows_are_left_out():
-    batch = rows(3, "2013-04-01")
-    batch.loc[100:, "label"] = pd.NA
-    found = performance_verdict(batch, rows(2, "2013-03-01"), settings())
-    assert found["labelled_rows"] == 100
-    batch["label"] = pd.NA
-    assert performance_verdict(batch, rows(2, "2013-03-01"), settings())["measured"] is False
-
-
-def test_performance_one_day_is_not_judged():
-    found = performance_verdict(rows(3, "2013-04-01", 100).head(5), rows(2, "2013-03-01"), settings())
-    assert (found["worse"], found["standard_error"]) == (None, None)
-    assert found["words"].startswith("model not judged: log loss")
-
-
-def test_performance_one_class_has_no_auc():
-    batch = rows(3, "2013-04-01")
-    batch["label"] = 0
-    assert performance_verdict(batch, rows(2, "2013-03-01"), settings())["auc"] is None
+    second = {"start": "2013-04-11", "end": "2013-04-21", "labels_until": "2013-04-11"}
+    write_json(score / "result.json", read_json(score / "result.json") | second)
+    earlier = pd.read_parquet(score / "logged.parquet").assign(label=april["label"])
+    pd.concat([earlier, earlier.assign(**second, label=pd.NA)]).to_parquet(score / "logged.parquet")
+    main()
+    [tracked] = read_json(tmp_path / "data" / "drift" / "verdict.json")["estimate"]["tracked"]
+    assert tracked["estimated"] == before["estimate"]["log_loss"]
+    assert tracked["realised"] == pytest.approx(tracked["estimated"], abs=0.05)
 
 
 def test_rules_of_own_rule_of_a_column_wins():

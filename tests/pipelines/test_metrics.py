@@ -224,3 +224,44 @@ def test_mean_by_day_of_one_day_is_sure_of_nothing() -> None:
 def test_widening_follows_students_t(days: int, factor: float) -> None:
     """By scipy.stats: t.ppf(0.975, n - 1) / norm.ppf(0.975) * sqrt(n / (n - 1))."""
     assert metrics.widening(days, 0.975) == pytest.approx(factor, abs=2e-4)
+
+
+def test_error_by_day_is_the_bootstraps_spread_made_good_for_few_days() -> None:
+    """Of equal days: the standard deviation of their means over the root of their number."""
+    random = np.random.default_rng(1)
+    by_day, days = random.normal(size=8), np.repeat(np.arange(8), 50)
+    expected = by_day.std(ddof=1) / np.sqrt(8)
+    assert metrics.error_by_day(by_day[days], days, seed=1) == pytest.approx(expected, rel=0.05)
+    assert metrics.error_by_day([1.0, 2.0], [1, 1], seed=1) is None
+
+
+def test_auc_error_by_day_agrees_with_resampled_days(many) -> None:
+    """Each day's scores are moved as a whole, so that days matter; rows alone would be several times surer."""
+    label, probability = many
+    days = np.repeat(np.arange(25), 200)
+    scores = probability + np.random.default_rng(1).normal(scale=0.3, size=25)[days] * (label - 0.5)
+    scores = (scores - scores.min()) / (scores.max() - scores.min())
+    places, random, draws = [np.flatnonzero(days == day) for day in range(25)], np.random.default_rng(2), []
+    for _ in range(300):
+        taken = np.concatenate([places[day] for day in random.integers(25, size=25)])
+        draws.append(reference.roc_auc_score(label[taken], scores[taken]))
+    found = metrics.auc_error_by_day(label, scores, days)
+    assert found == pytest.approx(np.std(draws), rel=0.15)
+    assert found > 2 * metrics.auc_error_by_day(label, scores, np.arange(5000))
+
+
+def test_auc_error_by_day_of_one_day_or_one_class_is_none() -> None:
+    assert metrics.auc_error_by_day(LABEL, PROBABILITY, [1, 1, 1, 1]) is None
+    assert metrics.auc_error_by_day([1, 1, 1, 1], PROBABILITY, [1, 1, 2, 2]) is None
+
+
+def test_expected_auc_of_known_labels_is_their_auc(many) -> None:
+    label, probability = many
+    assert metrics.expected_auc(label, probability) == pytest.approx(reference.roc_auc_score(label, probability))
+
+
+def test_expected_auc_is_the_mean_over_labels_drawn_by_chance(many) -> None:
+    _, probability = many
+    random = np.random.default_rng(1)
+    drawn = [reference.roc_auc_score(random.random(5000) < probability, probability) for _ in range(50)]
+    assert metrics.expected_auc(probability, probability) == pytest.approx(np.mean(drawn), abs=0.003)

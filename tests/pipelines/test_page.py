@@ -40,7 +40,9 @@ def verdict(start: str = "2013-04-01", end: str = "2013-05-01", **changes: Any) 
     predictions = {"moved": False, "mean": 0.197, "reference_mean": 0.206, "score": 0.1, "threshold": 0.4, "words": ""}
     inputs = {"moved": True, "columns": columns, "moved_columns": ["temp"], "judged": 2, "share": 0.5, "words": ""}
     whole = {"version": 3, "start": start, "end": end, "rows": 28353, "labelled_rows": 26619, "sample": "20,000 rows"}
+    estimate = {"measured": True, "words": "estimate not worse: log loss 0.520 ± 0.020, was 0.512"}
     parts = {"data": data, "inputs": inputs, "predictions": predictions, "performance": performance}
+    parts["estimate"] = estimate
     return whole | {name: part | changes.pop(name, {}) for name, part in parts.items()} | changes
 
 
@@ -73,6 +75,7 @@ def test_window_page_answers_the_four_questions_with_their_numbers():
         "Have the predictions moved? No Mean probability 0.197, was 0.206. Distance 0.10, bound 0.40.",
         "Is the model worse? Yes Log loss 0.607, was 0.512: worse by 0.095 ± 0.012 on 26,619 labelled rows.",
         "AUC 0.640, was 0.690.",
+        "Estimate not worse: log loss 0.520 ± 0.020, was 0.512.",
         "RETRAIN performance: log loss worse by 0.095 ± 0.012, bound 0.03",
         "April 2013",
         "champion v3",
@@ -94,6 +97,10 @@ def test_window_page_lists_columns_furthest_first_and_unmeasured_last():
         ({"performance": {"worse": False, "rise": -0.01}}, "Is the model worse? No Log loss 0.607"),
         ({"performance": {"worse": False}}, "Is the model worse? Not certainly Log loss"),
         ({"performance": {"worse": None, "standard_error": None}}, "Is the model worse? Not judged Log loss"),
+        (
+            {"performance": {"present": False, "start": "2013-03-01", "end": "2013-04-01"}},
+            "AUC 0.640, was 0.690. These are of March 2013: this window has too few labels yet.",
+        ),
         ({"performance": {"auc": None}}, "on 26,619 labelled rows. RETRAIN"),
     ],
 )
@@ -170,6 +177,16 @@ def test_index_page_windows_without_labels_have_no_chart(tmp_path):
     html = (tmp_path / "index.html").read_text()
     assert "Log loss by window" not in html
     assert "HOLD" in html
+
+
+def test_index_page_does_not_draw_a_window_by_an_earlier_ones_labels(tmp_path):
+    page.publish(
+        tmp_path,
+        verdict(performance={"present": False, "start": "2013-03-01", "end": "2013-04-01"}),
+        decision(),
+        tmp_path / "none",
+    )
+    assert "Log loss by window" not in (tmp_path / "index.html").read_text()
 
 
 def test_index_page_no_windows_says_so(tmp_path):

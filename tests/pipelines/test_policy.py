@@ -339,6 +339,7 @@ def shown(version: int | None = 3, **changes: Any) -> Any:
     found["data"] |= {"validated": False}
     found["inputs"] |= {"moved": None, "columns": {}}
     found["performance"] |= {**losses, "calibration": None}
+    found["estimate"] = {"measured": False, "words": "", **found.get("estimate", {})}
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,32 @@ def champion(champion_folder: Path) -> model.Model:
     return model.load(champion_folder)
 
 
+def run(
+    champion: model.Model,
+    tables: Path,
+    out: Path,
+    start: date = START,
+    end: date = END,
+    version: int = 7,
+    earlier_windows: int = 2,
+    quarantine: Path | None = None,
+) -> dict[str, Any]:
+    """One run of the monitor; the log lies beside its output."""
+    return score.score(champion, version, tables, quarantine, start, end, out, out.parent / "log", earlier_windows)
+
+
+def logged(out: Path) -> pd.DataFrame:
+    """What score says of this batch and those before: rows and labels by first day and version."""
+    frame = pd.read_parquet(out / "logged.parquet")
+    return frame.groupby(["start", "version"])["label"].agg(["size", "count"]).reset_index().astype({"start": "str"})
+
+
 @pytest.fixture(scope="module")
 def scored(
     champion: model.Model, tables: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("score")
-    return out, score.score(champion, 7, tables, None, START, END, out)
+    out = tmp_path_factory.mktemp("score") / "out"
+    return out, run(champion, tables, out)
 
 
 def test_score_takes_the_rows_from_start_up_to_end(scored):
@@ -136,6 +157,7 @@ def test_score_reference_is_the_champions_train_and_test_window(scored):
 def test_score_result_says_what_drift_needs(scored):
     result = scored[1]
     assert Features.model_validate(result["features"]) == FEATURES
+    assert result["labels_until"] == "2013-02-09"
     assert result["summary"] == f"40 rows with v7 · {result['labelled_rows']} with a label"
 
 
@@ -143,31 +165,83 @@ def test_score_leaves_quarantined_rows_out(champion, tables, tmp_path):
     schema = EVENTS.arrow.append(pa.field("reason", pa.string()))
     rows = events().assign(reason="outcome out of range").query("happened.dt.strftime('%m-%d') == '02-03'")
     write(tmp_path / "quarantine" / "events.parquet", rows, schema)
-    result = score.score(champion, 7, tables, tmp_path / "quarantine", START, END, tmp_path / "out")
+    result = run(champion, tables, tmp_path / "out", quarantine=tmp_path / "quarantine")
     assert result["rows"] == 36
 
 
 def test_score_interval_without_rows_is_rejected_and_says_what_there_is(champion, tables, tmp_path):
     with pytest.raises(DataRejected, match=r"2013-03-01 to 2013-04-01 \(found rows from 2013-01-01 to 2013-02-28\)"):
-        score.score(champion, 7, tables, None, date(2013, 3, 1), date(2013, 4, 1), tmp_path)
+        run(champion, tables, tmp_path / "out", date(2013, 3, 1), date(2013, 4, 1))
 
 
 def test_score_champion_windows_no_longer_there_give_an_empty_reference(champion, tmp_path):
     write(tmp_path / "tables" / "events" / "all.parquet", events().query("happened.dt.month == 2"), EVENTS.arrow)
-    score.score(champion, 7, tmp_path / "tables", None, START, END, tmp_path / "out")
+    run(champion, tmp_path / "tables", tmp_path / "out")
     assert list(pd.read_parquet(tmp_path / "out" / "reference.parquet").columns) == [
         "window", "key", "time", "label", "probability", "twice", "colour",
     ]  # fmt: skip
 
 
-def test_keep_logs_the_predictions_of_each_batch_and_version(scored, tmp_path, monkeypatch):
-    monkeypatch.setenv("BALLAST_VAR", str(tmp_path))
-    out, result = scored
-    for _ in range(2):
-        kept = score.keep(out, result)
-    assert kept == tmp_path / "predictions" / "2013-02-01..2013-02-11-v7.parquet"
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
-    assert kept.read_bytes() == (out / "predictions.parquet").read_bytes()
+def test_score_logs_each_prediction_on_its_day_without_a_label(scored):
+    out = scored[0]
+    files = sorted((out.parent / "log").rglob("*.*"))
+    assert [f"{file.parent.name}/{file.name}" for file in files] == [
+        f"date=2013-02-{d:02}/v7.parquet" for d in range(1, 11)
+    ]
+    kept = pd.concat(pq.ParquetFile(file).read().to_pandas() for file in files)
+    assert list(kept.columns) == ["version", "start", "end", "time", "key", "probability", "features_hash"]
+    batch = pd.read_parquet(out / "predictions.parquet")
+    assert kept[["time", "key", "probability"]].reset_index(drop=True).equals(batch[["time", "key", "probability"]])
+    assert kept["features_hash"].nunique() == len(batch)
+
+
+def test_score_again_leaves_the_log_as_it_was(champion, tables, tmp_path):
+    run(champion, tables, tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "log").rglob("*.*")}
+    first = (tmp_path / "out" / "logged.parquet").read_bytes()
+    run(champion, tables, tmp_path / "out")
+    assert {file: file.read_bytes() for file in (tmp_path / "log").rglob("*.*")} == before
+    assert (tmp_path / "out" / "logged.parquet").read_bytes() == first
+
+
+def test_score_another_champion_of_the_same_days_stays_beside(champion, tables, tmp_path):
+    for version in (7, 8):
+        run(champion, tables, tmp_path / "out", version=version)
+    assert logged(tmp_path / "out").to_numpy().tolist() == [["2013-02-01", 7, 40, 25], ["2013-02-01", 8, 40, 25]]
+
+
+def test_score_labels_that_came_since_complete_the_batch_before(champion, tables, tmp_path):
+    """Those of its last two days were not due by its end; one came later still, and its row was there before."""
+    late = events()
+    late.loc[late["id"] == "e125", "outcome"] = 1  # 2013-02-01: without an outcome, until now
+    write(tmp_path / "tables" / "events" / "all.parquet", late, EVENTS.arrow)
+    run(champion, tables, tmp_path / "out")
+    assert logged(tmp_path / "out").to_numpy().tolist() == [["2013-02-01", 7, 40, 25]]
+    run(champion, tmp_path / "tables", tmp_path / "out", END, date(2013, 2, 21))
+    assert logged(tmp_path / "out").to_numpy().tolist() == [["2013-02-01", 7, 40, 33], ["2013-02-11", 7, 40, 25]]
+
+
+def test_score_logged_row_that_is_gone_stays_without_a_label(champion, tables, tmp_path):
+    write(tmp_path / "tables" / "events" / "all.parquet", events().query("id != 'e126'"), EVENTS.arrow)
+    run(champion, tables, tmp_path / "out")
+    run(champion, tmp_path / "tables", tmp_path / "out", END, date(2013, 2, 21))
+    assert logged(tmp_path / "out").to_numpy().tolist()[0] == ["2013-02-01", 7, 40, 31]
+
+
+def test_score_label_delay_of_45_days_leaves_this_batch_without_and_completes_the_first(champion, tables, tmp_path):
+    slow = replace(champion, schema={**champion.schema, "label_delay_days": 45})
+    for start, end in (((1, 1), (1, 11)), ((2, 1), (2, 11))):
+        run(slow, tables, tmp_path / "out", date(2013, *start), date(2013, *end))
+    assert logged(tmp_path / "out")["count"].tolist() == [0, 0]
+    result = run(slow, tables, tmp_path / "out", date(2013, 2, 19), date(2013, 3, 1))
+    assert logged(tmp_path / "out")["count"].tolist() == [32, 0, 0]  # labels until 2013-01-15
+    assert (result["labelled_rows"], result["labels_until"]) == (0, "2013-01-15")
+
+
+def test_score_of_a_past_batch_sees_nothing_that_was_logged_after_it(champion, tables, tmp_path):
+    for start, end in ((END, date(2013, 2, 21)), (START, END)):
+        run(champion, tables, tmp_path / "out", start, end)
+    assert logged(tmp_path / "out")["start"].tolist() == ["2013-02-01"]
 
 
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Path:
@@ -177,7 +251,10 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BALLAST_VAR", str(tmp_path / "var"))
     monkeypatch.setattr("sys.argv", ["score", *arguments])
-    (tmp_path / "params.yaml").write_text('as_of: "2013-02-11"\nscore: {}\nregister: {model: events}\n')
+    judging = "{earlier_windows: 2, min_rows: 10, standard_errors: 2, calibration_bins: 5, seed: 1}"
+    (tmp_path / "params.yaml").write_text(
+        f'as_of: "2013-02-11"\nscore: {{}}\nperformance: {judging}\nregister: {{model: events}}\n'
+    )
     return tmp_path / "data" / "score"
 
 
