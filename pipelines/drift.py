@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 from pydantic import Field
 
-from pipelines import places, stage
+from pipelines import stage
 from pipelines.comparison import Rule, column, compare, keep
 from pipelines.errors import ParamsError, exit_with
 from pipelines.estimate import estimate_verdict, tracked
@@ -26,6 +26,7 @@ from pipelines.files import read_json, write_json
 from pipelines.params import Params, load
 from pipelines.performance import PerformanceParams, Window, by_window, performance_verdict
 from pipelines.schema import Features
+from pipelines.state import State
 
 log = logging.getLogger(__name__)
 
@@ -218,9 +219,9 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _history() -> list[Verdict]:
-    """The verdicts of the windows that the policy has published."""
-    return [read_json(path) for path in (places.var() / "reports" / "monitor").glob("[!.]*/verdict.json")]
+def _history(state: State) -> list[Verdict]:
+    """The windows that the monitor has seen: whose they were, and what was estimated of them then."""
+    return [asdict(window) | window.numbers for window in state.windows()]
 
 
 def _options() -> argparse.Namespace:
@@ -237,7 +238,7 @@ def main() -> None:
     options = _options()
     params = load(options.params, "drift", DriftParams)
     judging = load(options.params, "performance", PerformanceParams)
-    found = drift(options.score, options.validate, options.out, params, judging, _history())
+    found = drift(options.score, options.validate, options.out, params, judging, _history(State()))
     # The columns stay in verdict.json: what Airflow passes on is the answers.
     answers = {name: found[name]["words"] for name in PARTS}
     named = {name: found[name] for name in ("version", "start", "end", "summary")}

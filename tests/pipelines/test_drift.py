@@ -19,7 +19,9 @@ from pipelines.errors import ParamsError
 from pipelines.files import read_json, write_json
 from pipelines.params import load
 from pipelines.performance import PerformanceParams
+from pipelines.policy import numbers
 from pipelines.schema import Features
+from pipelines.state import State, Window
 
 WASSERSTEIN = {"method": "wasserstein", "threshold": 0.3}
 JENSENSHANNON = {"method": "jensenshannon", "threshold": 0.1}
@@ -223,7 +225,8 @@ def test_main_without_labels_estimates_and_later_says_how_good_that_was(tmp_path
     assert found["answers"]["estimate"].startswith("estimate not worse: log loss 0.")
     assert found["answers"]["estimate"] in found["summary"]
     before = read_json(tmp_path / "data" / "drift" / "verdict.json")
-    write_json(tmp_path / "var" / "reports" / "monitor" / "2013-04-01..2013-04-11" / "verdict.json", before)
+    about = {"start": "2013-04-01", "end": "2013-04-11", "version": before["version"], "verdict": "wait"}
+    State().remember_window(Window(**about, numbers=numbers(before), decided_at="", actor=""))
 
     second = {"start": "2013-04-11", "end": "2013-04-21", "labels_until": "2013-04-11"}
     write_json(score / "result.json", read_json(score / "result.json") | second)
