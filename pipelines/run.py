@@ -32,19 +32,7 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
 
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
-STEPS = (
-    "settle",
-    "admit",
-    "register",
-    "decide",
-    "review",
-    "answer",
-    "promote",
-    "rollback",
-    "score",
-    "drift",
-    "policy",
-)
+STEPS = ("settle", "admit", "register", "decide", "review", "answer", "promote", "rollback", "score", "drift", "policy")
 RESULT = "ballast-result "
 # bash, as it makes way for a single command: the kernel's signal at our death then reaches it. Not its rc file, which
 # it reads where stdin is a socket: that may put another python first on the PATH.

@@ -43,7 +43,7 @@ from pipelines import places
 from pipelines.errors import BallastError, Conflict, Held, TryAgain, exit_with
 from pipelines.files import canonical_json
 
-SCHEMA = 3
+SCHEMA = 4
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 
@@ -491,17 +491,18 @@ def _to_2(connection: Connection) -> None:
     connection.exec_driver_sql("DROP TABLE ledger_1")
 
 
-def _to_3(connection: Connection) -> None:
-    """What the monitor saw and which retrainings there were; a decision keeps the run that asked for it.
+def _to_3(_: Connection) -> None:
+    """The tables stay; an older Ballast, which knows of no approval, must not promote what waits for one."""
 
-    And an older Ballast, which knows of no approval, must not promote what waits for one.
-    """
+
+def _to_4(connection: Connection) -> None:
+    """What the monitor saw and which retrainings there were; a decision keeps the run that asked for it."""
     connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN run TEXT")
     for table in (_windows, _retrainings):
         connection.execute(CreateTable(table))
 
 
-_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3}
+_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
 
 
 def _faults(entry: Entry, before: Entry | None) -> list[str]:

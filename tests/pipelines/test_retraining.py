@@ -11,7 +11,7 @@ import pytest
 
 from pipelines import admit, retraining, settle
 from pipelines.files import read_json
-from pipelines.state import Decision, State
+from pipelines.state import Decision, State, Word
 
 AS_OF = date(2013, 8, 1)
 PASSED = "a" * 64
@@ -151,6 +151,19 @@ def test_settle_does_not_wait_for_a_promotion_that_will_not_come(state: State, h
     if how == "superseded":
         state.append("rollback", 1, head=state.head(), reason="", actor="ana", as_of=AS_OF)
     assert settle.settle(state)["verdict"] == "go"
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [(["ask"], "go"), (["ask", "approve"], "wait"), (["ask", "reject"], "go"), (["ask", "supersede"], "go")],
+)
+def test_settle_waits_for_no_person_but_for_what_an_approval_leads_to(
+    state: State, said: list[Word], verdict: str
+) -> None:
+    passed(state, datetime.now(UTC) - timedelta(days=1 if "approve" in said else 0))
+    for kind in said:
+        state.note(kind, lambda ledger: None, reason="", actor="ana", record_sha256=PASSED)
+    assert settle.settle(state)["verdict"] == verdict
 
 
 def test_settle_ends_what_never_began_or_never_ended_and_says_so_once(

@@ -281,8 +281,12 @@ def test_state_of_an_older_schema_is_brought_forward_with_all_it_held(old: str, 
         tamper(tmp_path, fork + " WHERE seq = 4")
 
 
-def test_state_of_schema_2_keeps_all_and_has_room_for_windows_and_retrainings(tmp_path: Path) -> None:
-    state = State(made_by_schema(2, tmp_path))
+@pytest.mark.parametrize("version", [2, 3])
+def test_state_of_an_older_schema_has_room_for_windows_and_retrainings(tmp_path: Path, version: int) -> None:
+    where = made_by_schema(2, tmp_path)
+    if version == 3:  # whose tables are those of 2
+        tamper(tmp_path, "INSERT INTO ballast_schema VALUES (3)")
+    state = State(where)
     assert [entry.kind for entry in state.ledger()] == ["promote", "promote", "rollback", "freeze"]
     assert [(made.data, made.run) for made in state.decisions()] == [(None, None), (None, None), ("5e.dir", None)]
     assert (state.verify(), state.windows(), state.retrainings()) == ([], [], [])
