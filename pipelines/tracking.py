@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from pipelines import places
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import sha256, write_json
+from pipelines.files import sha256, whole_file, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -550,6 +550,9 @@ def _connect(uri: str) -> MlflowClient:
     mlflow.set_tracking_uri(uri)  # parts of MLflow ask for this one, whatever the client was given
     if file := database():
         with locked(file):  # MLflow's first use migrates the file, and two migrations at once break each other
+            if not file.exists():
+                with whole_file(file) as part:  # killed amid its first migrations, it could not be used again
+                    mlflow.MlflowClient(f"sqlite:///{part}")
             return mlflow.MlflowClient(uri)
     return mlflow.MlflowClient(uri)
 

@@ -116,6 +116,28 @@ def test_client_without_its_server_says_so_at_once(
     assert time.monotonic() - began < 3
 
 
+def test_client_killed_while_it_makes_its_database_leaves_none_and_the_next_one_works(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    file = project.root / "var" / "mlflow" / "mlflow.db"
+    file.unlink()
+
+    def killed(uri: str) -> None:
+        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as half:
+            half.execute("CREATE TABLE experiments (half INTEGER)")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow, "MlflowClient", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.client()
+    assert not file.exists()
+    assert tracking.client().search_experiments()
+    assert file.exists()
+
+
 def test_client_switches_mlflow_to_our_settings_before_its_import(project: Project) -> None:
     """It reads them, telemetry's too, when it is imported: also where a process begins with a training."""
     code = """
