@@ -570,6 +570,42 @@ def _show_reproduction(found: dict[str, Any]) -> None:
         _line(out, "", _plain(reason))
 
 
+# --- replay
+
+
+@app.command(
+    epilog="Example: ballast replay --from 2013-04 --to 2013-12 --policy never --policy schedule --policy drift"
+)
+def replay(
+    first: Annotated[str, typer.Option("--from", help="The first month; a champion is trained as of its first day.")],
+    last: Annotated[str, typer.Option("--to", help="The last month.")],
+    policy: Annotated[
+        list[str],
+        typer.Option(
+            help="Again for each: never, schedule (each month), params (all of it), or the only kind of trigger left: "
+            "drift, performance, estimated_performance."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """What each retraining policy would have done with the past. Goes on where an earlier call ended."""
+    from pipelines import replay as replaying
+    from pipelines import worth
+
+    months = replaying.month(first), replaying.month(last)
+    with replaying.watched(*months, policy) as show:
+        found = replaying.replay(*months, policy, show)
+    _print_json(found) if as_json else _show_replay(found, worth.table(found))
+
+
+def _show_replay(found: dict[str, Any], table: str) -> None:
+    out = _console()
+    out.print(_plain(f"\n{table}\n"))
+    steps = " · ".join(f"{step} {seconds:.0f}" for step, seconds in found["seconds"].items())
+    _line(out, "seconds", f"{sum(found['seconds'].values()):.0f}: {steps}")
+    _line(out, "page", _plain(f"{found['folder']}/index.html"))
+
+
 # --- tune
 
 

@@ -59,7 +59,8 @@ def ensure(
     root = var() / "runs" / name
     commit = _pin(origin, f"refs/ballast/runs/{name}", anew=not root.exists())
     if not root.exists():
-        _warn_of_uncommitted(origin)
+        if changed := uncommitted(origin):
+            print("not part of this run (uncommitted in the checkout): " + ", ".join(changed))
         if as_of is None:
             from pipelines.state import today  # the database's library takes longer to import than all else here
 
@@ -133,7 +134,8 @@ def _runner_lives(process_group: int) -> bool:
         return False
 
 
-def _git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str) -> str:
+    """What a git command prints in ``root``; raise BallastError with what it says if it fails."""
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise BallastError(f"`git {' '.join(arguments)}` failed in {root}: {done.stderr.strip()}")
@@ -146,20 +148,20 @@ def _pin(origin: Path, ref: str, anew: bool) -> str:
     A ref whose workspace is gone is of an earlier life of the same run id (somebody removed var/): it is set anew.
     """
     if anew:
-        _git(origin, "update-ref", ref, "HEAD")
-    return _git(origin, "rev-parse", "--verify", ref)
+        git(origin, "update-ref", ref, "HEAD")
+    return git(origin, "rev-parse", "--verify", ref)
 
 
-def _warn_of_uncommitted(origin: Path) -> None:
-    changed = [line for line in _git(origin, "status", "--porcelain").splitlines() if line[3:] != "dvc.lock"]
-    if changed:
-        print("not part of this run (uncommitted in the checkout): " + ", ".join(line[3:] for line in changed))
+def uncommitted(origin: Path) -> list[str]:
+    """The files that are not as they were committed; dvc.lock does not count."""
+    changed = [line[3:] for line in git(origin, "status", "--porcelain").splitlines()]
+    return [name for name in changed if name != "dvc.lock"]
 
 
 def clone(origin: Path, commit: str, into: Path) -> None:
     """Clone the project at a commit; the objects are shared with the origin."""
-    _git(origin, "clone", "--quiet", "--shared", "--no-checkout", str(origin), str(into))
-    _git(into, "-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
+    git(origin, "clone", "--quiet", "--shared", "--no-checkout", str(origin), str(into))
+    git(into, "-c", "advice.detachedHead=false", "checkout", "--quiet", commit)
 
 
 def _refuse_foreign_lock(root: Path) -> None:

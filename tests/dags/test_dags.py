@@ -86,6 +86,24 @@ def test_promotion_is_reviewed_and_a_person_who_is_asked_is_heard_before_it(dags
     }
 
 
+def test_replay_takes_the_same_steps_in_the_same_order(dags: dict[str, Any]) -> None:
+    from pipelines import replay
+
+    for name, steps in (("monitor", replay.MONITOR), ("retrain_on_drift", replay.RETRAIN), ("promote", ("promote",))):
+        tasks = [task for task in dags[name].topological_sort() if hasattr(task, "branches")]
+        assert [task.step for task in tasks] == list(steps), f"{name}: give pipelines/replay.py the same steps"
+
+
+def test_replay_hands_on_what_the_events_carry(dags: dict[str, Any]) -> None:
+    from pipelines import replay
+
+    for name, task, keys in (
+        ("monitor", "drift_detected", replay.DETECTED),
+        ("retrain_on_drift", "challenger_ready", replay.READY),
+    ):
+        assert dags[name].get_task(task).keys == list(keys), f"{name}: give pipelines/replay.py the same keys"
+
+
 def test_pools_of_one_slot_guard_training_and_the_registry(dags: dict[str, Any]) -> None:
     pools = {(name, task.task_id): task.pool for name, dag in dags.items() for task in dag.tasks}
     assert {pool for (_, task), pool in pools.items() if task == "train"} == {"training"}

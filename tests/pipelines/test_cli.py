@@ -21,7 +21,7 @@ from pipelines.promote import promote
 from pipelines.state import State
 
 OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
-COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "breaker", "tune"]
+COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "breaker", "replay", "tune"]
 
 
 @pytest.fixture
