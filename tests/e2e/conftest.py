@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,11 @@ RULES = [
 ]
 
 
-def write_source(inbox: Path) -> None:
-    """Eighty days of visits in two CSV files, and the shops; two baskets are impossible."""
+def write_source(inbox: Path, days: int = DAYS) -> None:
+    """Days of visits in two CSV files, and the shops; two baskets are impossible."""
     random = np.random.default_rng(3)
-    n = DAYS * VISITS
-    at = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.sort(random.integers(0, DAYS * 86_400, n)), unit="s")
+    n = days * VISITS
+    at = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.sort(random.integers(0, days * 86_400, n)), unit="s")
     basket = random.gamma(2.0, 30.0, n)
     channel = random.choice(["app", "till"], n)
     chance = 1 / (1 + np.exp(-(basket - 60) / 25 - (channel == "app")))
@@ -101,7 +102,7 @@ def project(tmp_path: Path) -> Path:
     return own_project(tmp_path / "project")
 
 
-def own_project(root: Path) -> Path:
+def own_project(root: Path, days: int = DAYS, candidates: Sequence[str] = ("tabm", "hgb")) -> Path:
     """Make such a project: a git repository with one commit."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
     for name in filter(None, tracked.stdout.split("\0")):
@@ -112,6 +113,7 @@ def own_project(root: Path) -> Path:
     params |= {"as_of": "2024-03-20", "land": LAND}
     params["prepare"] |= {"features": features, "validation_days": 10, "test_days": 10}
     params["evaluate"]["slices"] = ["channel"]
+    params["train"]["candidates"] = list(candidates)
     params["train"]["tabm"] |= {"epochs": 3}
     params["register"]["model"] = "returns"
     params["decide"] |= {"min_test_rows": 300, "threshold": 0.5, "rules": RULES}
@@ -121,7 +123,7 @@ def own_project(root: Path) -> Path:
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (root / "pipelines" / "prepare.sql").write_text(SQL)
     (root / "pipelines" / "validate.yaml").write_text(EXPECTATIONS)
-    write_source(root / "inbox")
+    write_source(root / "inbox", days)
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "Our own data"]):
         subprocess.run(["git", *command], cwd=root, check=True)

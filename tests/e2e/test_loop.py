@@ -147,6 +147,35 @@ def test_turn_again_shows_the_same_and_starts_nothing(stack: Stack, turned: str)
     assert stack.told("history") == before
 
 
+def read(file: Path) -> Any:
+    """JSON but for the last digits: Evidently sums over a set of words, whose order is another in each process."""
+    return json.loads(file.read_text(), parse_float=lambda text: float(f"{float(text):.9g}"))
+
+
+def test_replay_of_the_same_months_decides_as_airflow_did(stack: Stack, turned: str) -> None:
+    """Each monitor of the turn waited for what the one before it had started; so does the replay."""
+    monitored = sorted(stack.root.glob("var/reports/monitor/*"))
+    before = stack.told("history")
+    end = monitored[-1].name.split("..")[1]  # the retraining that ended the turn is as of this day
+    found = stack.told("replay", "--from", "2013-04", "--to", end[:7], "--policy", "params")
+    played = found["policies"]["params"]
+
+    theirs = Path(found["folder"]) / "params" / "reports" / "monitor"
+    for folder in monitored:
+        for name, parts in (("verdict.json", None), ("policy.json", ("verdict", "reasons", "version"))):
+            ours, replayed = (read(at / folder.name / name) for at in (folder.parent, theirs))
+            if parts:
+                ours, replayed = ({part: one[part] for part in parts} for one in (ours, replayed))
+            assert replayed == ours, f"{folder.name}: {name}"
+    challengers = [played["first"], *filter(None, (month["retraining"] for month in played["months"]))]
+    assert [one["as_of"] for one in challengers] == ["2013-04-01", end]
+    for one in challengers:
+        version = stack.told("explain", str(one["version"]))
+        assert (version["digest"], version["data"]["as_of"]) == (one["digest"], one["as_of"])
+        assert [made["record"]["verdict"] for made in version["decisions"]] == [one["outcome"]]
+    assert stack.told("history") == before, "a replay has a state of its own"
+
+
 def test_alert_retraining_on_known_data_is_cached_and_makes_no_second_version(stack: Stack, turned: str) -> None:
     state, tasks = airflow(stack)(
         "alert-f1", {"as_of": "2013-04-01", "alert": {"fingerprint": "f1"}, "reason": "it fell"}
