@@ -315,14 +315,17 @@ def _world(home: Path, plan: Plan, policy: str) -> World:
 
 
 def _commit_policy(project: Path, policy: str, windows: Sequence[Window]) -> None:
-    """Commit params.yaml with another policy in it; all else of the file stays as it is."""
+    """Commit params.yaml with another policy in it, and nobody asked to approve; the rest of it stays as it is."""
     file = project / "params.yaml"
     text = file.read_text(encoding="utf-8")
     section = yaml.safe_load(text)["policy"]
-    if (other := overridden(section, policy, windows)) == section:
+    written = re.sub(r"(?m)^(  approval:) \w+", r"\1 never", text)
+    if (other := overridden(section, policy, windows)) != section:
+        policy_text = yaml.safe_dump({"policy": other}, sort_keys=False) + "\n"
+        written = re.sub(r"(?ms)^policy:.*?(?=^\S|\Z)", lambda _: policy_text, written)
+    if written == text:
         return
-    written = yaml.safe_dump({"policy": other}, sort_keys=False)
-    file.write_text(re.sub(r"(?ms)^policy:.*?(?=^\S|\Z)", lambda _: written + "\n", text), encoding="utf-8")
+    file.write_text(written, encoding="utf-8")
     identity = ("-c", "user.name=ballast replay", "-c", "user.email=replay@localhost", "-c", "commit.gpgsign=false")
     git(project, *identity, "commit", "--quiet", "--no-verify", "-am", f"Replay the policy {policy}")
 

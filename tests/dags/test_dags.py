@@ -91,7 +91,10 @@ def test_replay_takes_the_same_steps_in_the_same_order(dags: dict[str, Any]) -> 
 
     for name, steps in (("monitor", replay.MONITOR), ("retrain_on_drift", replay.RETRAIN), ("promote", ("promote",))):
         tasks = [task for task in dags[name].topological_sort() if hasattr(task, "branches")]
-        assert [task.step for task in tasks] == list(steps), f"{name}: give pipelines/replay.py the same steps"
+        asking = ("review", "answer")  # a replay asks nobody
+        assert [task.step for task in tasks if task.step not in asking] == list(steps), (
+            f"{name}: give pipelines/replay.py the same steps"
+        )
 
 
 def test_replay_hands_on_what_the_events_carry(dags: dict[str, Any]) -> None:
