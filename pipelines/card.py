@@ -15,8 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipelines import lineage, registry, tracking
+from pipelines.charts import square_chart
 from pipelines.explain import explain
-from pipelines.page import render, square_chart
+from pipelines.page import render
 from pipelines.state import State
 
 WORDS = Path("docs/model-card.md")

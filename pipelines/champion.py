@@ -1,8 +1,8 @@
-"""The champion's place: the ledger is its truth, and the registry's aliases are the ledger's projection."""
+"""The champion's place: the ledger is its truth; the registry's aliases, and the marks on the pages, its projection."""
 
 from __future__ import annotations
 
-from pipelines import registry
+from pipelines import registry, timeline
 from pipelines.state import GENESIS, State, champions, head_of
 
 
@@ -13,6 +13,7 @@ def project(state: State) -> None:
         standing = champions(ledger)
         registry.project(standing[-1], standing[-2] if len(standing) > 1 else None)
         state.set_projected(shown := head)
+    timeline.show(state)
 
 
 def behind(state: State) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from pipelines import card, metrics, params, provenance, record, registry, rows, rules, stage, tracking
+from pipelines import card, metrics, params, provenance, record, registry, rows, rules, stage, timeline, tracking
 from pipelines.approval import Approval
 from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
@@ -349,6 +349,7 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     state.remember(Decision(*made, data=provenance.data(), run=provenance.run()))
     state.end_retraining(provenance.actor(), verdict.verdict)
     card.keep(version.number, state)
+    timeline.show(state)
     said = [verdict.summary, *_standing(state, version.number, limit)]
     return {
         "summary": " · ".join(said),

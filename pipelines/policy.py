@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from pipelines import page, params, places, provenance, registry, retraining, stage
+from pipelines import page, params, places, provenance, registry, retraining, stage, timeline
 from pipelines.breaker import BreakerParams, read
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
@@ -382,13 +382,14 @@ def _only(found: Numbers, *names: str) -> dict[str, Any]:
 
 
 def _attach(version: int | None, folder: Path) -> dict[str, str]:
-    """Put the page with the champion's MLflow run, and return which that is.
+    """Put the page and the history with the champion's MLflow run, and return which that is.
 
-    The page is evidence, kept here already: MLflow away is no failure.
+    They are evidence, kept here already: MLflow away is no failure.
     """
     if version is None:
         return {}
     try:
+        registry.attach(version, folder.parent.parent / "index.html", "monitor")
         return registry.attach(version, folder, f"monitor/{folder.name}")
     except BallastError as error:
         log.warning("The page of %s is not with version %d in MLflow: %s", folder.name, version, error)
@@ -410,7 +411,8 @@ def main() -> None:
     held_out = params.load(options.params, "prepare", HeldOut).days
     decision = policy(verdict, settings, _past(state, options.params), held_out)
     _keep(state, verdict, decision)
-    folder = page.publish(places.var() / "reports", verdict, decision, options.drift.parent / "report.html")
+    report, events = options.drift.parent / "report.html", timeline.events(state)
+    folder = page.publish(places.var() / "reports", verdict, decision, report, events)
     run = _attach(verdict["version"], folder)
     where = (folder / "index.html").relative_to(places.var()).as_posix()
     stage.finish("policy", options.out, {**decision, **run, "asked_by": provenance.actor(), "page": where})

@@ -51,6 +51,17 @@ class MlflowLink(BaseOperatorLink):
         return ""
 
 
+class ReportLink(BaseOperatorLink):
+    """A button on the task page: the page that a person reads, in MLflow's view of the run's artifacts."""
+
+    name = "Report"
+
+    def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
+        """The page that the step has logged to MLflow; empty where it has none."""
+        run, page = MlflowLink().get_link(operator, ti_key=ti_key), getattr(operator, "result", {}).get("page")
+        return f"{run}/{page.removeprefix('reports/')}" if page and run.endswith("/artifacts") else ""
+
+
 class StepOperator(BaseOperator, BranchMixIn):
     """Run one step of the pipeline in the workspace of this DAG run; its result is the XCom.
 
@@ -77,7 +88,7 @@ class StepOperator(BaseOperator, BranchMixIn):
         self.arguments = arguments
         self.branches = branches
         self.ask_again = ask_again
-        self.operator_extra_links = (MlflowLink(),)
+        self.operator_extra_links = (MlflowLink(), ReportLink())
         self.result: dict[str, Any] = {}
         self.process: subprocess.Popen[str] | None = None
 

@@ -311,3 +311,17 @@ def test_trigger_keeps_reasons_of_all_events() -> None:
     found = trigger(context(DagRunType.ASSET_TRIGGERED, ({"summary": "worse in April"}, {"summary": "worse in May"})))
     assert found["kind"] == "drift"
     assert found["reason"] == "worse in April; worse in May"
+
+
+def test_links_lead_to_the_page_in_mlflow_only_once_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = StepOperator(step="policy")
+    mlflow, report = step.operator_extra_links
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    key: Any = None
+    assert (mlflow.get_link(step, ti_key=key), report.get_link(step, ti_key=key)) == ("", "")
+    step.result = {"run_id": "r", "experiment_id": "1", "page": "reports/monitor/2013-04-01..2013-05-01/index.html"}
+    artifacts = "http://localhost:5000/#/experiments/1/runs/r/artifacts"
+    assert mlflow.get_link(step, ti_key=key) == artifacts
+    assert report.get_link(step, ti_key=key) == f"{artifacts}/monitor/2013-04-01..2013-05-01/index.html"
+    step.result = {"model": "flights", "version": 3, "page": "reports/x.html"}
+    assert report.get_link(step, ti_key=key) == ""

@@ -1,0 +1,50 @@
+"""What happened to the champion, told to the pages: what the gate said of the retrainings, and the ledger's entries."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from pipelines import page, places, registry
+from pipelines.state import MOVES, Decision, Entry, State
+from pipelines.windows import Event
+
+log = logging.getLogger(__name__)
+
+
+def events(state: State) -> list[Event]:
+    """All that the state store knows, by as-of date and then as it came; with a link where MLflow has an address."""
+    decisions = {decision.record_sha256: decision for decision in state.decisions()}
+    said = [(decision.as_of, decision.decided_at, _gate(decision)) for decision in decisions.values()]
+    said += [
+        (entry.as_of or entry.at[:10], entry.at, _ledger(entry, decisions.get(entry.record_sha256 or "")))
+        for entry in state.ledger()
+    ]
+    return [{"as_of": as_of, **event} for as_of, _, event in sorted(said, key=lambda one: one[:2])]
+
+
+def show(state: State) -> None:
+    """Bring the pages up to date. They are evidence: that they cannot be written is logged, and fails no step."""
+    try:
+        page.refresh(places.var() / "reports", events(state))
+    except Exception:
+        log.warning("The pages under %s are not up to date.", places.var() / "reports", exc_info=True)
+
+
+def _gate(decision: Decision) -> dict[str, Any]:
+    kind = {"promote": "passed", "refuse": "refused"}.get(decision.verdict, decision.verdict)
+    return _event(kind, decision.version, decision.summary)
+
+
+def _ledger(entry: Entry, decision: Decision | None) -> dict[str, Any]:
+    """An entry; the one that follows a decision is of its version, and need not say again what that said."""
+    version = entry.to_version if entry.kind in MOVES else decision.version if decision else None
+    repeated = decision is not None and entry.reason == decision.summary
+    return _event(entry.kind, version, "" if repeated else entry.reason)
+
+
+def _event(kind: str, version: int | None, summary: str) -> dict[str, Any]:
+    server = places.tracking_uri()
+    known = version is not None and server.startswith("http")
+    href = f"{server.rstrip('/')}/#/models/{registry.name()}/versions/{version}" if known else None
+    return {"kind": kind, "version": version, "summary": summary, "href": href}
