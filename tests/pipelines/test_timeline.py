@@ -58,3 +58,20 @@ def test_show_writes_what_has_happened_into_the_pages(state, tmp_path):
     assert "Nothing yet." in (folder / "index.html").read_text()
     timeline.show(state)
     assert "Passed the gate v4: said of v4" in (folder / "index.html").read_text()
+
+
+def test_events_tell_a_retraining_from_the_asking_to_its_end(state, monkeypatch):
+    monkeypatch.setenv("AIRFLOW__API__BASE_URL", "http://localhost:8080")
+    state.ask_retraining("monitor/may", date(2013, 8, 1))
+    told = [timeline.events(state)[-1]]
+    state.begin_retraining("retrain_on_drift/r 1", date(2013, 8, 1), "drift", ["monitor/may"])
+    told.append(timeline.events(state)[-1])
+    state.end_retraining("retrain_on_drift/r 1", "refuse")
+    told.append(timeline.events(state)[-1])
+    assert [event["summary"] for event in told] == [
+        "monitor/may has asked for it",
+        "retrain_on_drift/r 1: under way",
+        "retrain_on_drift/r 1: refuse",
+    ]
+    page = "http://localhost:8080/dags/retrain_on_drift/runs/r%201"
+    assert [event["href"] for event in told] == [None, page, page]
