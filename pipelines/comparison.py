@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +26,15 @@ MISSING = "(missing)"
 
 
 class Rule(Params):
-    """How one column is compared: it has moved where the distance reaches the threshold."""
+    """How one column is compared: by which distance, and below how much of it a change is a trifle."""
 
     method: Method
-    threshold: float = Field(gt=0)
+    floor: float = Field(gt=0)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the batch and of its reference; the two may have different numbers of rows."""
+    """One column of the batch and of its reference, each indexed by the days of its rows."""
 
     name: str
     numeric: bool
@@ -39,9 +42,9 @@ class Column:
     batch: pd.Series
     reference: pd.Series
 
-    def shown(self, side: pd.Series) -> pd.Series:
-        """The values as Evidently gets them: a missing category is a category, a missing number is left out."""
-        return side if self.numeric else side.fillna(MISSING)
+    def values(self, side: pd.Series) -> pd.Series:
+        """The values that are compared: a missing category is a category, a missing number is left out."""
+        return side.dropna() if self.numeric else side.fillna(MISSING)
 
 
 @dataclass(frozen=True)
@@ -50,36 +53,55 @@ class Finding:
 
     moved: bool | None
     score: float | None
+    threshold: float | None
     words: str
 
 
 def column(name: str, numeric: bool, rule: Rule, batch: pd.DataFrame, reference: pd.DataFrame) -> Column:
     """One column of both frames, typed; where a frame has no such column, it is empty there."""
-    sides = (frame[name] if name in frame else pd.Series(np.nan, index=frame.index) for frame in (batch, reference))
-    if numeric:
-        now, then = (pd.to_numeric(side).astype("float64").replace([np.inf, -np.inf], np.nan) for side in sides)
-    else:
-        now, then = (side.astype("object") for side in sides)
-    return Column(name, numeric, rule, now.reset_index(drop=True), then.reset_index(drop=True))
+    now, then = (_typed(frame, name, numeric).set_axis(frame["time"].dt.floor("D")) for frame in (batch, reference))
+    return Column(name, numeric, rule, now, then)
 
 
-def compare(columns: list[Column], min_rows: int) -> tuple[dict[str, Finding], Any | None]:
-    """Judge each column; also Evidently's run over those that could be measured, None if there were none.
+def _typed(frame: pd.DataFrame, name: str, numeric: bool) -> pd.Series:
+    values = frame[name] if name in frame else pd.Series(np.nan, index=frame.index)
+    if not numeric:
+        return values.astype("object")
+    return pd.to_numeric(values).astype("float64").replace([np.inf, -np.inf], np.nan)
+
+
+def compare(column: Column, min_rows: int, threshold: Callable[[Column], float | None]) -> Finding:
+    """Judge a column by Evidently's distance of all its rows, and the ``threshold`` that it is asked for.
 
     A column without a single value in the batch counts as moved where the reference has values. Fewer than
     ``min_rows`` values on a side: not measured, which says neither yes nor no.
     """
-    findings = {column.name: _without_score(column, min_rows) for column in columns}
-    measurable = [column for column in columns if findings[column.name] is None]
-    run = _evidently(measurable) if measurable else None
-    scores = {metric["config"]["column"]: metric["value"] for metric in run.dict()["metrics"]} if run else {}
-    return {column.name: findings[column.name] or _judge(column.rule, scores[column.name]) for column in columns}, run
+    if found := _without_score(column, min_rows):
+        return found
+    bound = threshold(column)
+    if bound is None:
+        return Finding(None, None, None, "not measured: too few days in the reference")
+    score = distance(column)
+    if not math.isfinite(score):
+        return Finding(None, None, None, f"not measured: {column.rule.method} gave no number")
+    return Finding(score >= bound, score, bound, _words(column, score, bound))
+
+
+def distance(column: Column) -> float:
+    """Evidently's own distance between the two sides, on every row."""
+    with _quiet():
+        from evidently.legacy.calculations.stattests import get_stattest
+        from evidently.legacy.core import ColumnType
+
+        kind = ColumnType.Numerical if column.numeric else ColumnType.Categorical
+        # Its functions write into what they get.
+        then, now = (column.values(side).reset_index(drop=True) for side in (column.reference, column.batch))
+        return float(get_stattest(then, now, kind, column.rule.method)(then, now, kind, None).drift_score)
 
 
 def keep(run: Any, out: Path) -> None:
     """Write Evidently's report.html and report.json, whole."""
-    with whole_file(out / "report.html") as part, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with whole_file(out / "report.html") as part, _quiet():
         run.save_html(str(part))
     with whole_file(out / "report.json") as part:
         part.write_text(run.json() + "\n", encoding="utf-8")
@@ -89,30 +111,24 @@ def _without_score(column: Column, min_rows: int) -> Finding | None:
     """The finding of a column that cannot be measured; None for one that can."""
     now, then = int(column.batch.notna().sum()), int(column.reference.notna().sum())
     if then == 0:
-        return Finding(None, None, "not measured: empty in the reference")
+        return Finding(None, None, None, "not measured: empty in the reference")
     if now == 0:
-        return Finding(True, None, "empty in the batch: not one value")
+        return Finding(True, None, None, "empty in the batch: not one value")
     if min(now, then) < min_rows:
         side, count = ("batch", now) if now < min_rows else ("reference", then)
-        return Finding(None, None, f"not measured: {count:,} values in the {side}, {min_rows:,} needed")
+        return Finding(None, None, None, f"not measured: {count:,} values in the {side}, {min_rows:,} needed")
     return None
 
 
-def _judge(rule: Rule, value: float) -> Finding:
-    score = float(value)  # Evidently gives numpy's
-    if not math.isfinite(score):
-        return Finding(None, None, f"not measured: {rule.method} gave no number")
-    return Finding(score >= rule.threshold, score, f"{score:.2f}, bound {rule.threshold:.2f}")
+def _words(column: Column, score: float, bound: float) -> str:
+    """``1.31 sd, bound 0.70``: standard deviations are what wasserstein is measured in."""
+    unit = " sd" if column.rule.method == "wasserstein" else ""
+    return f"{score:.2f}{unit}, bound {bound:.2f}"
 
 
-def _evidently(columns: list[Column]) -> Any:
-    """Evidently's run: one ValueDrift per column, nothing left to its defaults.
-
-    Its import takes two to three seconds, and brings a web server, nltk and deprecated calls along.
-    """
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def report(columns: Sequence[Column], thresholds: Sequence[float]) -> Any:
+    """Evidently's run: one ValueDrift per column, nothing left to its defaults."""
+    with _quiet():
         from evidently import DataDefinition, Dataset, Report
         from evidently.metrics import ValueDrift
 
@@ -121,8 +137,22 @@ def _evidently(columns: list[Column]) -> Any:
             categorical_columns=[column.name for column in columns if not column.numeric],
         )
         # Side by side: it compares column by column, so each may have rows of its own.
-        now = pd.concat({column.name: column.shown(column.batch) for column in columns}, axis=1)
-        then = pd.concat({column.name: column.shown(column.reference) for column in columns}, axis=1)
-        tests = [ValueDrift(column=column.name, **column.rule.model_dump()) for column in columns]
+        now, then = (
+            pd.concat({column.name: column.values(side(column)).reset_index(drop=True) for column in columns}, axis=1)
+            for side in (attrgetter("batch"), attrgetter("reference"))
+        )
+        tests = [
+            ValueDrift(column=column.name, method=column.rule.method, threshold=bound)
+            for column, bound in zip(columns, thresholds, strict=True)
+        ]
         sides = [Dataset.from_pandas(frame, data_definition=definition) for frame in (now, then)]
         return Report(tests, include_tests=True).run(*sides)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Evidently takes two to three seconds to import, and brings a web server, nltk and deprecated calls along."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

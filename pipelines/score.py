@@ -76,6 +76,7 @@ def score(
         "labelled_rows": labelled,
         "labels_until": labels_until.isoformat(),
         "features": champion.features.model_dump(),
+        "importance": champion.schema.get("importance", {}),
         "summary": f"{len(batch):,} rows with v{version} · {labelled:,} with a label",
     }
 

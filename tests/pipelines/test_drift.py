@@ -12,9 +12,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipelines.comparison import Rule, column, compare
-from pipelines.drift import DriftParams, drift, main, rules_of
+from pipelines.comparison import Column, Rule, column, compare
+from pipelines.drift import (
+    DriftParams,
+    drift,
+    inputs_verdict,
+    is_out_of_scale,
+    main,
+    rules_of,
+    weights_of,
+)
 from pipelines.errors import ParamsError
 from pipelines.files import read_json, write_json
 from pipelines.params import load
@@ -23,9 +33,10 @@ from pipelines.policy import numbers
 from pipelines.schema import Features
 from pipelines.state import State, Window
 
-WASSERSTEIN = {"method": "wasserstein", "threshold": 0.3}
-JENSENSHANNON = {"method": "jensenshannon", "threshold": 0.1}
+WASSERSTEIN = {"method": "wasserstein", "floor": 0.3}
+JENSENSHANNON = {"method": "jensenshannon", "floor": 0.1}
 FEATURES = {"numeric": ["calm", "shifted", "silent", "sparse", "loud", "gone"], "categorical": ["carrier", "tail"]}
+IMPORTANCE = {"calm": 0.06, "shifted": 0.03, "tail": 0.01, "carrier": -0.02}
 ROWS = 1500
 JUDGING = PerformanceParams(earlier_windows=1, min_rows=100, standard_errors=2, calibration_bins=10, seed=1)
 
@@ -35,6 +46,11 @@ def settings(**changes: Any) -> DriftParams:
         "max_rows": 1000,
         "seed": 1,
         "min_rows": 100,
+        "alpha": 0.05,
+        "run_days": 1,
+        "max_scale": 2,
+        "critical_weight": 0.2,
+        "max_weighted_share": 0.5,
         "numeric": WASSERSTEIN,
         "categorical": JENSENSHANNON,
         "columns": {},
@@ -68,6 +84,7 @@ def lay_out(folder: Path, batch: pd.DataFrame, reference: pd.DataFrame, **result
     window = {"version": 3, "start": "2013-04-01", "end": "2013-04-11"}
     batch[["key", "time", "label", "probability"]].assign(**window).to_parquet(folder / "logged.parquet")
     scored = window | {"rows": len(batch), "labels_until": "2013-04-11", "features": FEATURES}
+    scored |= {"importance": IMPORTANCE}
     write_json(folder / "result.json", scored | {"labelled_rows": int(batch["label"].notna().sum())} | result)
     return folder
 
@@ -107,7 +124,8 @@ def test_drift_shifted_column_is_moved_by_its_shift(verdict):
     found = verdict["inputs"]["columns"]["shifted"]
     assert found["moved"] is True
     assert found["score"] == pytest.approx(1, abs=0.15)
-    assert (found["method"], found["threshold"]) == ("wasserstein", 0.3)
+    assert (found["method"], found["threshold"], found["floor"]) == ("wasserstein", 0.3, 0.3)
+    assert found["words"] == f"{found['score']:.2f} sd, bound 0.30"
 
 
 def test_drift_other_draws_of_the_same_are_not_moved(verdict):
@@ -137,6 +155,14 @@ def test_drift_few_values_are_not_measured_and_not_counted(verdict):
     assert verdict["inputs"]["share"] == pytest.approx(4 / 7)
 
 
+def test_drift_column_counts_by_its_share_of_the_importance(verdict):
+    inputs = verdict["inputs"]
+    weights = {name: found["weight"] for name, found in inputs["columns"].items()}
+    assert (weights["calm"], weights["shifted"], weights["carrier"]) == (pytest.approx(0.6), pytest.approx(0.3), 0)
+    assert inputs["weighted_share"] == pytest.approx(0.4)  # shifted and tail
+    assert (inputs["critical_moved"], inputs["raises"]) == (["shifted"], True)
+
+
 def test_drift_categories_gone_missing_are_moved(verdict):
     found = verdict["inputs"]["columns"]["tail"]
     assert found["moved"] is True
@@ -145,7 +171,10 @@ def test_drift_categories_gone_missing_are_moved(verdict):
 
 def test_drift_summary_names_what_moved_worst_first(out):
     summary = read_json(out / "result.json")["summary"]
-    assert summary.startswith("data BROKEN (empty: silent, gone) · inputs MOVED (silent, gone, shifted, tail)")
+    assert summary.startswith(
+        "data BROKEN (empty: silent, gone) · "
+        "inputs MOVED (silent, gone, shifted, tail), 40% by importance, shifted critical · "
+    )
     assert "predictions not moved · model not worse: log loss 0.499, was 0.503" in summary
 
 
@@ -159,6 +188,91 @@ def test_drift_report_covers_the_measured_columns_by_the_stated_methods(out):
 def test_drift_sample_is_stated(verdict):
     assert verdict["sample"].startswith("1,000 of 1,500 rows of the batch, 1,000 of 1,500 rows of the train window")
     assert verdict["sample"].endswith("drawn with seed 1")
+
+
+def test_drift_distances_are_those_of_all_rows(tmp_path, verdict):
+    score = lay_out(tmp_path / "score", rows(3, "2013-04-01").assign(shifted=lambda f: f["shifted"] + 1), references())
+    found = [drift(score, tmp_path / "none.json", tmp_path / f"{n}", settings(max_rows=n)) for n in (150, 5000)]
+    scores = [[column["score"] for column in one["inputs"]["columns"].values()] for one in found]
+    assert scores[0] == scores[1]
+    assert found[1]["sample"].startswith("1,500 of 1,500 rows of the batch")
+
+
+def test_drift_column_in_another_unit_is_broken_and_has_not_moved(tmp_path):
+    batch = rows(3, "2013-04-01")
+    batch["calm"] *= 1000
+    result = drift(lay_out(tmp_path / "score", batch, references()), tmp_path / "no", tmp_path / "out", settings())
+    found = result["inputs"]["columns"]["calm"]
+    assert (found["moved"], found["score"]) == (None, None)
+    assert found["words"].startswith("broken: mean size over 2 times")
+    assert (result["data"]["broken"], result["data"]["out_of_scale"]) == (True, ["calm"])
+    assert result["summary"].startswith("data BROKEN (out of scale: calm) · inputs not moved")
+    assert result["inputs"]["raises"] is False
+
+
+@pytest.mark.parametrize(
+    ("batch", "reference", "broken"),
+    [
+        ([0, 0, 0, 2], [0, 0, 0.4, 0.01], True),
+        ([0, 0, 0, 0.8], [0, 0, 0.4, 0.01], False),
+        ([-90.0] * 4, [-40.0, 0, 1, 2], True),
+        ([1, 2, 3, 1e6], [0.0] * 4, False),
+        ([1, 2, 3, 4], [np.nan] * 4, False),
+        ([np.nan] * 4, [1, 2, 3, 4], False),
+    ],
+)
+def test_scale_zeros_have_no_unit_and_what_is_unknown_is_not_broken(batch, reference, broken):
+    sides = (pd.Series(side, dtype="float64") for side in (batch, reference))
+    assert is_out_of_scale(Column("rain", True, Rule(**WASSERSTEIN), *sides), 2) is broken
+
+
+def test_drift_alpha_is_shared_by_the_inputs_and_whole_for_the_predictions(tmp_path, monkeypatch):
+    asked = {}
+
+    def record(column, alpha, run_days, seed):
+        asked[column.name] = alpha
+
+    monkeypatch.setattr("pipelines.drift.threshold", record)
+    score = lay_out(tmp_path / "score", rows(3, "2013-04-01"), references())
+    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings(alpha=0.08))
+    assert asked == {name: 0.01 for name in (*FEATURES["numeric"], *FEATURES["categorical"])} | {"probability": 0.08}
+    assert (result["inputs"]["moved"], result["inputs"]["raises"]) == (None, None)
+
+
+def judged(moved: list[str], critical: str = "", weights: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)) -> dict[str, Any]:
+    """Four columns, of which some have moved."""
+    found = {"score": 0.5, "threshold": 0.4}
+    return {
+        name: found | {"moved": name in moved, "weight": weight, "critical": name == critical}
+        for name, weight in zip("abcd", weights, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("moved", "critical", "raises"),
+    [("", "a", False), ("a", "a", True), ("a", "", False), ("ab", "", True), ("bcd", "a", True), ("cd", "a", False)],
+)
+def test_inputs_critical_column_or_enough_weight_raises(moved, critical, raises):
+    found = inputs_verdict(judged(list(moved), critical), 0.5)
+    assert (found["raises"], found["moved"]) == (raises, bool(moved))
+
+
+def test_inputs_columns_without_weight_move_and_raise_nothing():
+    found = inputs_verdict(judged(list("bcd"), "a", (1.0, 0.0, 0.0, 0.0)), 0.5)
+    assert (found["moved"], found["raises"], found["share"], found["weighted_share"]) == (True, False, 0.75, 0.0)
+
+
+def test_inputs_critical_column_that_came_empty_is_broken_and_raises_nothing():
+    columns = judged(["a"], "a")
+    columns["a"] |= {"score": None, "threshold": None}
+    assert inputs_verdict(columns, 0.3)["raises"] is False
+
+
+@given(st.dictionaries(st.sampled_from([*FEATURES["numeric"], *FEATURES["categorical"]]), st.floats(-1, 1)))
+def test_weights_of_any_importance_add_up_to_one(importance):
+    weights = weights_of(Features.model_validate(FEATURES), importance)
+    assert sum(weights.values()) == pytest.approx(1)
+    assert min(weights.values()) >= 0
 
 
 def test_drift_empty_batch_is_a_finding(tmp_path):
@@ -239,9 +353,9 @@ def test_main_without_labels_estimates_and_later_says_how_good_that_was(tmp_path
 
 
 def test_rules_of_own_rule_of_a_column_wins():
-    own = {"calm": {"method": "psi", "threshold": 0.2}}
+    own = {"calm": {"method": "psi", "floor": 0.2}}
     rules = rules_of(Features.model_validate(FEATURES), settings(columns=own))
-    assert rules["calm"] == Rule(method="psi", threshold=0.2)
+    assert rules["calm"] == Rule(method="psi", floor=0.2)
     assert rules["loud"] == Rule(**WASSERSTEIN)
     assert rules["carrier"] == Rule(**JENSENSHANNON)
 
@@ -261,21 +375,25 @@ def test_params_shipped_rules_fit_the_shipped_features(caplog):
 
 @pytest.mark.parametrize("method", ["jensenshannon", "hellinger", "psi", "kl_div"])
 def test_compare_every_method_tells_moved_from_unmoved(method):
-    rule = Rule(method=method, threshold=0.2)
+    rule = Rule(method=method, floor=0.2)
     batch, reference = rows(3, "2013-04-01"), rows(1, "2013-01-01")
     batch["shifted"] += 1
     batch.loc[: ROWS // 2, "tail"] = "N9"
     columns = [
         column(name, name in FEATURES["numeric"], rule, batch, reference) for name in ("calm", "shifted", "tail")
     ]
-    findings, _ = compare(columns, 100)
-    assert {name: finding.moved for name, finding in findings.items()} == {"calm": False, "shifted": True, "tail": True}
+    found = {one.name: compare(one, 100, lambda asked: asked.rule.floor).moved for one in columns}
+    assert found == {"calm": False, "shifted": True, "tail": True}
+
+
+def same(value: float) -> pd.DataFrame:
+    times = pd.date_range("2013-01-01", periods=200, freq="h", tz="UTC")
+    return pd.DataFrame({"time": times, "calm": np.full(200, value)})
 
 
 def test_compare_constant_column_is_measured():
-    same = pd.DataFrame({"calm": np.ones(200)})
-    findings, _ = compare([column("calm", True, Rule(**WASSERSTEIN), same, same)], 100)
-    assert (findings["calm"].moved, findings["calm"].score) == (False, 0.0)
+    finding = compare(column("calm", True, Rule(**WASSERSTEIN), same(1), same(1)), 100, lambda _: 0.3)
+    assert (finding.moved, finding.score) == (False, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +401,13 @@ def test_compare_constant_column_is_measured():
     [(np.inf, 1.0, True), (np.nan, 1.0, True), (np.nan, np.nan, None), (1.0, np.inf, None)],
 )
 def test_compare_column_without_a_finite_value_is_not_measured(now, then, moved):
-    batch, reference = pd.DataFrame({"calm": [now] * 200}), pd.DataFrame({"calm": [then] * 200})
-    findings, run = compare([column("calm", True, Rule(**WASSERSTEIN), batch, reference)], 100)
-    assert (findings["calm"].moved, findings["calm"].score, run) == (moved, None, None)
+    finding = compare(column("calm", True, Rule(**WASSERSTEIN), same(now), same(then)), 100, lambda _: 0.3)
+    assert (finding.moved, finding.score, finding.threshold) == (moved, None, None)
+
+
+def test_compare_without_a_threshold_is_not_measured():
+    finding = compare(column("calm", True, Rule(**WASSERSTEIN), same(1), same(1)), 100, lambda _: None)
+    assert (finding.moved, finding.words) == (None, "not measured: too few days in the reference")
 
 
 def test_comparison_import_leaves_evidently_alone():

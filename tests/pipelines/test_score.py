@@ -67,6 +67,7 @@ def champion_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "as_of": "2013-01-31",
         "label_delay_days": 2,
         "features": FEATURES.model_dump(),
+        "importance": {"twice": 0.02},
         "tables": {"events": EVENTS.model_dump()},
         "windows": {
             name: {"start": f"2013-{start}T00:00:00+00:00", "end": f"2013-{end}T00:00:00+00:00"}
@@ -158,6 +159,7 @@ def test_score_result_says_what_drift_needs(scored):
     result = scored[1]
     assert Features.model_validate(result["features"]) == FEATURES
     assert result["labels_until"] == "2013-02-09"
+    assert result["importance"] == {"twice": 0.02}
     assert result["summary"] == f"40 rows with v7 · {result['labelled_rows']} with a label"
 
 
