@@ -1,7 +1,7 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test test-e2e check bench-quality bench-train
+.PHONY: help setup run up down test test-e2e check bench-quality bench-train bench-drift
 .NOTPARALLEL:
 
 unexport PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -47,3 +47,6 @@ bench-quality: setup ## What the model is worth: the challenger of each month, A
 
 bench-train: setup ## What a training step costs, and how long training takes to be as good as the baselines
 	@$(BIN)/python -m benchmarks.train
+
+bench-drift: setup ## How often the monitor raises for nothing, and how small a shift it finds, beside Evidently's preset
+	@$(BIN)/python -m benchmarks.drift
