@@ -41,7 +41,6 @@ from pipelines.drift import (
     DriftParams,
     inputs_verdict,
     is_out_of_scale,
-    performance_verdict,
     rules_of,
     weights_of,
 )
@@ -50,6 +49,7 @@ from pipelines.fit import TrainParams
 from pipelines.land import LandParams
 from pipelines.model import Model
 from pipelines.params import as_of, load
+from pipelines.performance import PerformanceParams, Window, performance_verdict
 from pipelines.thresholds import distance, histogram, threshold
 from pipelines.validate import ValidateParams, validate
 
@@ -388,6 +388,7 @@ def judged(example: Example, batch: pd.DataFrame) -> str:
 def concept(example: Example, draws: int) -> list[str]:
     """Windows of the test window's days, their labels turned round where the airport is behind its schedule."""
     random = np.random.default_rng(example.params.seed)
+    judging = load(example.year.params, "performance", PerformanceParams)
     test = example.test[example.test["label"].notna()].astype({"label": float})
     behind = test["origin_overdue"] > test["origin_overdue"].median()
     flipped = test.assign(label=test["label"].where(~behind, 1 - test["label"]))
@@ -395,11 +396,17 @@ def concept(example: Example, draws: int) -> list[str]:
     for length in (7, 14):
         days = [random.integers(test["time"].dt.date.nunique(), size=length) for _ in range(draws)]
         flags = [
-            [bool(performance_verdict(of_days(frame, drawn), test, example.params)["worse"]) for drawn in days]
+            [bool(verdict_on(of_days(frame, drawn), test, judging)["worse"]) for drawn in days]
             for frame in (flipped, test)
         ]
         lines.append(row_of([f"{length}", *map(rate, flags)]))
     return lines
+
+
+def verdict_on(batch: pd.DataFrame, test: pd.DataFrame, judging: PerformanceParams) -> dict[str, Any]:
+    """What the performance tier says of one window, all of whose labels have come."""
+    window = Window("2013-04-01", "2013-05-01", 1)
+    return performance_verdict({window: batch}, window, test, window.end, judging)
 
 
 def of_days(frame: pd.DataFrame, drawn: npt.NDArray[np.int64]) -> pd.DataFrame:

@@ -192,7 +192,9 @@ def test_drift_sample_is_stated(verdict):
 
 def test_drift_distances_are_those_of_all_rows(tmp_path, verdict):
     score = lay_out(tmp_path / "score", rows(3, "2013-04-01").assign(shifted=lambda f: f["shifted"] + 1), references())
-    found = [drift(score, tmp_path / "none.json", tmp_path / f"{n}", settings(max_rows=n)) for n in (150, 5000)]
+    found = [
+        drift(score, tmp_path / "none.json", tmp_path / f"{n}", settings(max_rows=n), JUDGING) for n in (150, 5000)
+    ]
     scores = [[column["score"] for column in one["inputs"]["columns"].values()] for one in found]
     assert scores[0] == scores[1]
     assert found[1]["sample"].startswith("1,500 of 1,500 rows of the batch")
@@ -201,7 +203,9 @@ def test_drift_distances_are_those_of_all_rows(tmp_path, verdict):
 def test_drift_column_in_another_unit_is_broken_and_has_not_moved(tmp_path):
     batch = rows(3, "2013-04-01")
     batch["calm"] *= 1000
-    result = drift(lay_out(tmp_path / "score", batch, references()), tmp_path / "no", tmp_path / "out", settings())
+    result = drift(
+        lay_out(tmp_path / "score", batch, references()), tmp_path / "no", tmp_path / "out", settings(), JUDGING
+    )
     found = result["inputs"]["columns"]["calm"]
     assert (found["moved"], found["score"]) == (None, None)
     assert found["words"].startswith("broken: mean size over 2 times")
@@ -234,7 +238,7 @@ def test_drift_alpha_is_shared_by_the_inputs_and_whole_for_the_predictions(tmp_p
 
     monkeypatch.setattr("pipelines.drift.threshold", record)
     score = lay_out(tmp_path / "score", rows(3, "2013-04-01"), references())
-    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings(alpha=0.08))
+    result = drift(score, tmp_path / "none.json", tmp_path / "out", settings(alpha=0.08), JUDGING)
     assert asked == {name: 0.01 for name in (*FEATURES["numeric"], *FEATURES["categorical"])} | {"probability": 0.08}
     assert (result["inputs"]["moved"], result["inputs"]["raises"]) == (None, None)
 
