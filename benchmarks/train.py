@@ -60,8 +60,6 @@ GOAL_GPU, GOAL_STAGE_S = 30, 90
 LOADER_STEPS = 100  # of a round: a DataLoader that takes row by row is slow
 GATHERED = 16  # batches that the bare step goes through
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Example:

@@ -1,11 +1,11 @@
 """
 ### Monitor the champion
 
-Waits until the retraining that the interval before asked for has come to its end, its promotion included: each interval
-is scored with the champion of its time. Then it takes the new rows of one interval, judges them, scores them with the
-champion, joins the labels that have arrived, and asks four questions: is the data broken, have the inputs moved, have
-the predictions moved, is the model worse? The policy turns the answers into a verdict; `retrain` starts
-`retrain_on_drift` by the event `drift_detected`.
+Waits until the retraining that the interval before asked for has come to its end, its promotion included. Then it takes
+the new rows of one interval, judges them, scores them with the version that was champion as the interval began, joins
+the labels that have arrived, and asks four questions: is the data broken, have the inputs moved, have the predictions
+moved, is the model worse? The policy turns the answers into a verdict; `retrain` starts `retrain_on_drift` by the event
+`drift_detected`.
 
 **Runs** over its data interval: monthly, or as `BALLAST_MONITOR_INTERVAL` says (`daily`, `weekly`). It ships paused,
 as `retrain_scheduled` does and for the same reason. Backfill it over 2013 to see the example's year, with *Max Active

@@ -41,7 +41,11 @@ def missing(facts: Mapping[str, Any], record_sha256: str, ledger: list[Entry]) -
     word = last_word(record_sha256, ledger)
     if not (why := needed(facts)) or (word and word.kind == "approve"):
         return None
-    return words(word) if word else f"needs a person's approval ({why}), and nobody was asked yet"
+    return (
+        words(word)
+        if word
+        else f"needs a person's approval ({why}), and nobody was asked yet: start the DAG promote with it"
+    )
 
 
 def say(word: Word, record_sha256: str, state: State, *, reason: str, actor: str, after: Word | None) -> Entry:

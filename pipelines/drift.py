@@ -111,15 +111,20 @@ def inputs_verdict(columns: dict[str, Verdict], max_weighted_share: float) -> Ve
     """Have the inputs moved: which columns, their share of those that could be judged, and of the model's importance.
 
     ``raises``: enough of the importance has moved, or a critical column. One that came empty is broken, and counts not.
+    None where what could not be judged might have raised.
     """
     judged = [found for found in columns.values() if found["moved"] is not None]
     moved = sorted((name for name in columns if columns[name]["moved"]), key=lambda name: -_excess(columns[name]))
     drifted = [name for name in moved if not _is_empty(columns[name])]
     critical = [name for name in drifted if columns[name]["critical"]]
     weighted = sum((columns[name]["weight"] for name in drifted), 0.0)
+    raises = bool(critical) or weighted >= max_weighted_share
+    unknown = [found for found in columns.values() if found["moved"] is None]
+    open_ = any(found["critical"] for found in unknown)
+    open_ = open_ or weighted + sum(found["weight"] for found in unknown) >= max_weighted_share
     return {
         "moved": bool(moved) if judged else None,
-        "raises": bool(critical) or weighted >= max_weighted_share if judged else None,
+        "raises": True if raises else None if open_ or not judged else False,
         "columns": columns,
         "moved_columns": moved,
         "judged": len(judged),

@@ -319,7 +319,7 @@ def _commit_policy(project: Path, policy: str, windows: Sequence[Window]) -> Non
     file = project / "params.yaml"
     text = file.read_text(encoding="utf-8")
     section = yaml.safe_load(text)["policy"]
-    written = re.sub(r"(?m)^(  approval:) \w+", r"\1 never", text)
+    written = re.sub(r"(?m)^(  approval:) \S+", r"\1 never", text)
     if (other := overridden(section, policy, windows)) != section:
         policy_text = yaml.safe_dump({"policy": other}, sort_keys=False) + "\n"
         written = re.sub(r"(?ms)^policy:.*?(?=^\S|\Z)", lambda _: policy_text, written)

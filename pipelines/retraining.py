@@ -39,8 +39,9 @@ def is_dead(retraining: Retraining) -> bool:
 
 
 def trained(state: State, apart_from: str = "") -> list[date]:
-    """The as-of dates of the retrainings that began and were not paused, the earliest first."""
-    found = [one for one in state.retrainings() if one.run and one.outcome != "paused" and one.asked_by != apart_from]
+    """The as-of dates of the retrainings that began and came to the gate, or still may; the earliest first."""
+    lost = ("paused", "failed")
+    found = [one for one in state.retrainings() if one.run and one.outcome not in lost and one.asked_by != apart_from]
     return sorted(date.fromisoformat(one.as_of) for one in found)
 
 

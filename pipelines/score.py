@@ -120,14 +120,14 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Score from ``--start`` to the as-of date with the champion of the ledger."""
+    """Score from ``--start`` to the as-of date with the version that was champion as that began."""
     options = _options()
     load_params(options.params, "score", ScoreParams)
     earlier = load_params(options.params, "performance", PerformanceParams).earlier_windows
     start, end = options.start, as_of(options.params)
     if start >= end:
         raise BallastError(f"--start must lie before the as-of date {end} (found {start}): the batch ends there.")
-    version = State().champion()
+    version = State().champion_at(start)
     if version is None:
         result = without_champion(start, end, options.out)
     else:

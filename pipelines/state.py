@@ -260,6 +260,14 @@ class State:
         moved = moves(self.ledger())
         return moved[-1].to_version if moved else None
 
+    def champion_at(self, day: date) -> int | None:
+        """The version that served as ``day`` began, by the as-of dates of the ledger; None if none did yet.
+
+        Whoever takes the place later may have learned from that day.
+        """
+        served = [move for move in moves(self.ledger()) if move.as_of and date.fromisoformat(move.as_of) <= day]
+        return served[-1].to_version if served else None
+
     def previous_champion(self) -> int | None:
         """The version that a rollback goes back to."""
         standing = champions(self.ledger())

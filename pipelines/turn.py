@@ -335,6 +335,8 @@ def _waiting(run: Run, tasks: list[Task]) -> str:
     retried = [task.task_id for task in tasks if task.state == "up_for_retry"]
     waiting = [task.task_id for task in tasks if task.state == "up_for_reschedule"]
     queued = [task.task_id for task in tasks if task.state in ("queued", "scheduled")]
+    if any(task.state == "awaiting_input" for task in tasks):
+        return "approve   waits for a person: Airflow, Required Actions; `ballast status` has the address"
     if retried:
         return f"{retried[0]:<9} waits before its next try"
     if waiting:

@@ -6,13 +6,13 @@ full rows and the reasons, in ``quarantine/<table>.parquet``.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -28,6 +28,7 @@ from pipelines.params import as_of as read_as_of
 from pipelines.schema import Declared, Table
 
 NAMED_FINDINGS = 3  # in the error of a rejection
+NEWEST = timedelta(days=30)
 INGEST_AGAIN = "Ingest the tables again"
 
 
@@ -117,7 +118,7 @@ def validate(
                 judged.append(_unreadable(name, error))
                 continue
             seen = judge(context, name, data, checks[name], as_of)
-            too_many = _too_many(seen, _months(data, declared[name].time), params.max_quarantine_share)
+            too_many = _too_many(seen, _newest(data, declared[name].time), params.max_quarantine_share)
             judged.append(replace(seen, findings=[*seen.findings, *too_many]))
             if seen.reasons:
                 pq.write_table(_with_reasons(data, seen.reasons), quarantine / f"{name}.parquet")
@@ -131,29 +132,27 @@ def _unreadable(table: str, error: DataRejected) -> Judged:
     return Judged(table, 0, 0, [Finding(table, "readable", None, "critical", None, None, f"{table}: {error}")], {})
 
 
-def _too_many(judged: Judged, months: Sequence[str], max_share: float) -> Iterator[Finding]:
-    """A finding of its own if more rows would go to quarantine than may: of the whole table, else of a month of it.
+def _too_many(judged: Judged, newest: set[int], max_share: float) -> Iterator[Finding]:
+    """A finding of its own if more rows would go to quarantine than may: of the whole table, else of its newest days.
 
     A change of unit spoils the new rows alone, which are ever fewer of all so far.
     """
-    rows, aside = Counter(months), Counter(months[position] for position in judged.reasons)
-    rows[""], aside[""] = judged.rows, len(judged.reasons)
-    for month in sorted(aside):
-        bad, of = aside[month], rows[month]
+    shares = {"": (len(judged.reasons), judged.rows)}
+    shares[f"of the newest {NEWEST.days} days, "] = (len(newest & set(judged.reasons)), len(newest))
+    for where, (bad, of) in shares.items():
         if bad > max_share * of:
-            where = f"in {month}, " if month else ""
             share = f"{where}{bad:,} of {count(of, 'row')} would go to quarantine, a share of {bad / of:.3g}"
             message = f"{judged.table}: {share}; validate.max_quarantine_share is {max_share:g}"
             yield Finding(judged.table, "max_quarantine_share", None, "critical", bad, of, message)
             return
 
 
-def _months(data: pa.Table, time: str | None) -> list[str]:
-    """``2013-04`` for each row, nothing where that is not known."""
-    if time not in data.column_names:
-        return [""] * data.num_rows
-    months: list[str] = pc.fill_null(pc.strftime(data[time], "%Y-%m"), "").to_pylist()
-    return months
+def _newest(data: pa.Table, time: str | None) -> set[int]:
+    """The positions of the rows of the newest days; none where the table has no time."""
+    if time not in data.column_names or (last := pc.max(data[time]).as_py()) is None:
+        return set()
+    found: set[int] = set(np.flatnonzero(pc.fill_null(pc.greater(data[time], last - NEWEST), False)).tolist())
+    return found
 
 
 def _with_reasons(data: pa.Table, reasons: Mapping[int, Sequence[str]]) -> pa.Table:

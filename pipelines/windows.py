@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import calendar
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.files import read_json
+
+log = logging.getLogger(__name__)
 
 Verdict = dict[str, Any]
 Event = Mapping[str, Any]
@@ -64,7 +67,7 @@ class Window:
 def read(reports: Path, events: Sequence[Event] = ()) -> list[Window]:
     """Every window whose verdicts ``reports`` keeps, the oldest first."""
     folders = [path.parent for path in reports.glob("monitor/[!.]*/policy.json")]
-    found = [(folder, complete(read_json(folder / "verdict.json"))) for folder in folders]
+    found = [(folder, verdict) for folder in folders if (verdict := _verdict(folder))]
     found.sort(key=lambda one: (one[1]["end"], one[1]["start"]))
     labels = _labels(verdict for _, verdict in found)
     ends = [verdict["end"] for _, verdict in found]
@@ -80,6 +83,15 @@ def read(reports: Path, events: Sequence[Event] = ()) -> list[Window]:
         )
         for folder, verdict in found
     ]
+
+
+def _verdict(folder: Path) -> Verdict | None:
+    """What a folder keeps; None, and a warning, where that cannot be read: one window must not hide the others."""
+    try:
+        return complete(read_json(folder / "verdict.json"))
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("The window %s is left out of the pages: its verdict cannot be read (%r).", folder.name, error)
+        return None
 
 
 def complete(verdict: Verdict) -> Verdict:

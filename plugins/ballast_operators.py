@@ -241,7 +241,8 @@ def challenger(context: Context) -> list[str]:
 def answered(context: Context) -> list[str]:
     """What a person chose in the form, who that was, and why; nobody where the time was up."""
     given = context["ti"].xcom_pull(task_ids="approve")
-    by, note = (given["responded_by_user"] or {}).get("name", ""), given["params_input"].get("note") or ""
+    user, note = given["responded_by_user"] or {}, given["params_input"].get("note") or ""
+    by = (user.get("name") or "").strip() or user.get("id", "")
     chosen = ["--approved"] if given["chosen_options"] == [ApproveOperator.APPROVE] else []
     return [*challenger(context), *chosen, f"--by={by}", f"--reason={note}"]
 

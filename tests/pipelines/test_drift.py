@@ -211,7 +211,7 @@ def test_drift_column_in_another_unit_is_broken_and_has_not_moved(tmp_path):
     assert found["words"].startswith("broken: mean size over 2 times")
     assert (result["data"]["broken"], result["data"]["out_of_scale"]) == (True, ["calm"])
     assert result["summary"].startswith("data BROKEN (out of scale: calm) · inputs not moved")
-    assert result["inputs"]["raises"] is False
+    assert result["inputs"]["raises"] is None, "it might have, in its own unit"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +264,18 @@ def test_inputs_critical_column_or_enough_weight_raises(moved, critical, raises)
 def test_inputs_columns_without_weight_move_and_raise_nothing():
     found = inputs_verdict(judged(list("bcd"), "a", (1.0, 0.0, 0.0, 0.0)), 0.5)
     assert (found["moved"], found["raises"], found["share"], found["weighted_share"]) == (True, False, 0.75, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "moved", "raises"),
+    [("a", "", None), ("b", "", False), ("bc", "", None), ("bc", "d", None), ("b", "a", True)],
+    ids=["critical", "light", "heavy together", "with what moved", "whatever else"],
+)
+def test_inputs_that_could_not_be_judged_leave_open_what_they_might_have_raised(unknown, moved, raises):
+    columns = judged(list(moved), "a")
+    for name in unknown:
+        columns[name]["moved"] = None
+    assert inputs_verdict(columns, 0.5)["raises"] is raises
 
 
 def test_inputs_critical_column_that_came_empty_is_broken_and_raises_nothing():

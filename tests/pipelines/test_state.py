@@ -387,3 +387,13 @@ def test_advance_clock_moves_forward_only_and_not_while_unset(state: State) -> N
     state.advance_clock(date(2013, 5, 1))
     state.advance_clock(date(2013, 2, 1))
     assert state.clock() == date(2013, 5, 1)
+
+
+def test_champion_at_is_the_one_that_served_as_the_day_began(tmp_path: Path) -> None:
+    state = State(f"sqlite:///{tmp_path / 'state.db'}")
+    for version, as_of in ((1, date(2013, 4, 1)), (2, date(2013, 7, 20))):
+        state.append("promote", version, head=state.head(), reason="", actor="", as_of=as_of)
+    days = [date(2013, 3, 1), date(2013, 4, 1), date(2013, 7, 1), date(2013, 7, 20), date(2013, 8, 1)]
+    assert [state.champion_at(day) for day in days] == [None, 1, 1, 2, 2]
+    state.append("rollback", 1, head=state.head(), reason="", actor="", as_of=date(2013, 8, 5))
+    assert [state.champion_at(date(2013, 8, day)) for day in (1, 5)] == [2, 1]

@@ -293,6 +293,10 @@ def test_challenger_without_event_or_parameter_is_an_error_with_the_remedy() -> 
             ["--approved", "--by=ada", "--reason=fine"],
         ),
         ({"chosen_options": ["Reject"], "params_input": {"note": None}}, ["--by=ada", "--reason="]),
+        (
+            {"chosen_options": ["Approve"], "params_input": {}, "responded_by_user": {"id": "7", "name": " "}},
+            ["--approved", "--by=7", "--reason="],
+        ),
         ({"chosen_options": ["Reject"], "params_input": {}, "responded_by_user": None}, ["--by=", "--reason="]),
     ],
 )
