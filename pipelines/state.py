@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -547,8 +549,21 @@ def _engine(uri: str) -> Engine:
 
 
 def _write_ahead(connection: Any, _: object) -> None:
-    """SQLite's write-ahead log: readers and a writer do not wait for each other."""
-    connection.execute("PRAGMA journal_mode=WAL")
+    """SQLite's write-ahead log: readers and a writer do not wait for each other.
+
+    The change to it, which a new file needs once, does not wait for others that make it: SQLite says at once that it is
+    locked.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _trouble(engine: Engine, error: DBAPIError) -> BallastError:

@@ -43,12 +43,26 @@ def test_events_have_a_link_only_where_mlflow_has_an_address(state, monkeypatch)
 
 
 def test_show_page_that_cannot_be_written_is_logged_and_fails_no_step(state, tmp_path, caplog):
-    window = tmp_path / "reports" / "monitor" / "2013-04-01..2013-05-01"
-    window.mkdir(parents=True)
-    (window / "policy.json").write_text("{}")  # and no verdict
+    verdict = {"version": 3, "start": "2013-04-01", "end": "2013-05-01"}
+    page.publish(tmp_path / "reports", verdict, {"verdict": "wait", "reasons": []}, tmp_path / "none.html")
+    (tmp_path / "reports" / "index.html").unlink()
+    (tmp_path / "reports" / "index.html" / "in the way").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
         timeline.show(state)
     assert "are not up to date" in caplog.text
+
+
+def test_show_window_whose_verdict_is_lost_leaves_the_others_their_pages(state, tmp_path, caplog):
+    verdict = {"version": 3, "start": "2013-04-01", "end": "2013-05-01"}
+    kept = page.publish(tmp_path / "reports", verdict, {"verdict": "wait", "reasons": []}, tmp_path / "none.html")
+    lost = kept.parent / "2013-05-01..2013-06-01"
+    lost.mkdir()
+    (lost / "policy.json").write_text("{}")
+    (kept / "index.html").unlink()
+    with caplog.at_level(logging.WARNING):
+        timeline.show(state)
+    assert "The window 2013-05-01..2013-06-01 is left out" in caplog.text
+    assert (kept / "index.html").exists()
 
 
 def test_show_writes_what_has_happened_into_the_pages(state, tmp_path):
