@@ -93,7 +93,7 @@ def main() -> None:
         shoot(driver, "airflow", run, "challenger_ready", (1600, 700), click="Show Graph")
         shoot(driver, "mlflow", f"{MLFLOW}/#/models/flight_delays", "champion", (1500, 900), click="Close")
         report = max((ROOT / "var" / "reports" / "monitor").iterdir())
-        shoot(driver, "monitor", (report / "index.html").as_uri(), "Is the model worse?", (1200, 1300))
+        shoot(driver, "monitor", (report / "index.html").as_uri(), "Is the model worse?", (1440, 1130))
     finally:
         driver.quit()
 
