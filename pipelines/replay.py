@@ -51,8 +51,14 @@ READY = ("version", "record_sha256", "as_of", "summary")
 
 UNLIMITED = 1000  # retrainings and days: a yardstick is held back by no budget
 
+RETRIES = 3  # of a step that was killed, as the DAGs have them
+
 Window = tuple[date, date]  # first day, day after the last
 Result = dict[str, Any]
+
+
+class Killed(BallastError):
+    """A step was ended by a signal, from outside or by a library's own abort: it may go on from what is stored."""
 
 
 class Show(NamedTuple):
@@ -107,7 +113,13 @@ class World:
         """Run a step as Airflow does and keep its result; one that has ended before is not run again."""
         kept = self.root / "results" / dag_id / _run_id(as_of) / f"{step}.json"
         if not kept.exists():
-            write_json(kept, self._run(dag_id, as_of, step, arguments, trigger or {"kind": "schedule"}))
+            for last in (*[False] * RETRIES, True):
+                try:
+                    write_json(kept, self._run(dag_id, as_of, step, arguments, trigger or {"kind": "schedule"}))
+                    break
+                except Killed:
+                    if last:
+                        raise
         result: Result = read_json(kept)
         return result
 
@@ -347,6 +359,8 @@ def _alone(home: Path) -> Iterator[None]:
 def _failure(what: str, code: int, lines: Sequence[str], log: Path) -> BallastError:
     said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
     kind = {EXIT_DATA_REJECTED: DataRejected, EXIT_TRY_AGAIN: TryAgain}.get(code, BallastError)
+    if code < 0 or code > 128:
+        kind = Killed
     cause = said[-1].removeprefix("error: ")
     return kind(f"{what} failed (exit {code}): {cause} Its log: {log}. The same call goes on from here.")
 

@@ -356,6 +356,15 @@ def test_replay_whose_step_fails_says_which_and_where_its_log_is(
     assert "error: it cannot be." in Path(found[1]).read_text()
 
 
+@pytest.mark.parametrize(("code", "tries"), [(134, 4), (1, 1)])
+def test_replay_step_that_was_killed_is_tried_again_as_the_dags_do(toy: Toy, code: int, tries: int) -> None:
+    toy.tell(fail=["drift", "2013-05-01"], code=code)
+    with pytest.raises(BallastError):
+        play("never")
+    calls = [json.loads(line)["argv"][0] for line in (toy.home() / "never" / "calls.jsonl").read_text().splitlines()]
+    assert calls.count("drift") == tries
+
+
 def test_replay_whose_monitor_would_wait_for_ever_says_so(toy: Toy) -> None:
     toy.tell(settle="wait")
     with pytest.raises(BallastError, match="monitor as of 2013-05-01 would wait for ever"):
