@@ -117,15 +117,20 @@ class Airflow:
         """Start a run; the one that has this id already is returned as it is."""
         if known := self.find(dag_id, run_id):
             return known
+        made = self.queue(dag_id, run_id, conf)
+        return _run(made) if made else self.run(dag_id, run_id)
+
+    def queue(self, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Start a run in one call; None if there is one of this id already."""
         # SQLite's clock counts whole seconds, so the scheduler would let a run that may begin "now" wait for the next.
         run_after = (datetime.now(UTC) - timedelta(seconds=1)).isoformat()
         body = {"dag_run_id": run_id, "logical_date": None, "run_after": run_after, "conf": dict(conf)}
         try:
-            return _run(self._call("POST", f"/dags/{quote(dag_id)}/dagRuns", body))
+            return self._call("POST", f"/dags/{quote(dag_id)}/dagRuns", body)
         except Refused as refusal:
             if refusal.status != HTTPStatus.CONFLICT:  # someone else was faster
                 raise
-            return self.run(dag_id, run_id)
+            return None
 
     def run(self, dag_id: str, run_id: str) -> Run:
         """One run as it stands."""

@@ -32,6 +32,11 @@ def mlflow_port() -> int:
     return _port("MLFLOW_PORT", 5000, "mlflow")
 
 
+def bridge_port() -> int:
+    """Where the alert bridge listens (``BALLAST_BRIDGE_PORT``, 9190)."""
+    return _port("BALLAST_BRIDGE_PORT", 9190, "bridge")
+
+
 def airflow_url() -> str:
     """Airflow's address for a person's browser."""
     return f"http://localhost:{airflow_port()}"

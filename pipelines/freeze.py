@@ -9,9 +9,10 @@ from pipelines.errors import BallastError
 from pipelines.state import Entry, State, freeze_words, frozen
 
 
-def freeze(state: State, reason: str) -> dict[str, Any]:
+def freeze(state: State, reason: str, actor: str | None = None) -> dict[str, Any]:
     """Stop automatic promotion; raise BallastError if it is stopped already."""
-    entry = state.note("freeze", _not_frozen, reason=provenance.stated(reason, "A freeze"), actor=provenance.actor())
+    why, who = provenance.stated(reason, "A freeze"), actor or provenance.actor()
+    entry = state.note("freeze", _not_frozen, reason=why, actor=who)
     until = "nothing is promoted until `ballast unfreeze --reason TEXT`"
     return {"summary": f"{freeze_words(entry)} · {until}", "frozen": shown(entry)}
 

@@ -16,7 +16,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -271,14 +271,8 @@ def _unfit(verdict: Numbers) -> list[str]:
 
 def _spent(settings: PolicyParams, trained: Sequence[date], as_of: date) -> list[str]:
     """The cooldown and the budget, as far as they stand against a retraining as of this date."""
-    found, budget = [], settings.budget
-    if trained and (as_of - trained[-1]).days < settings.cooldown_days:
-        until = trained[-1] + timedelta(days=settings.cooldown_days)
-        found.append(f"cooldown: retrained as of {trained[-1]}, none is asked for before {until}")
-    lately = [day for day in trained if (as_of - day).days < budget.days]
-    if len(lately) >= budget.retrainings:
-        found.append(f"budget: {len(lately)} retrainings within {budget.days} days, at most {budget.retrainings}")
-    return found
+    budget = settings.budget
+    return retraining.spent(trained, as_of, settings.cooldown_days, budget.retrainings, budget.days)
 
 
 def _before(verdict: Numbers, windows: Sequence[Window]) -> list[Window]:

@@ -7,6 +7,7 @@ nobody let it go on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
 
 from pipelines import provenance
@@ -43,6 +44,18 @@ def trained(state: State, apart_from: str = "") -> list[date]:
     lost = ("paused", "failed")
     found = [one for one in state.retrainings() if one.run and one.outcome not in lost and one.asked_by != apart_from]
     return sorted(date.fromisoformat(one.as_of) for one in found)
+
+
+def spent(trained: Sequence[date], as_of: date, cooldown_days: int, most: int, within_days: int) -> list[str]:
+    """The cooldown and the budget, as far as they stand against a retraining as of this date."""
+    found = []
+    if trained and (as_of - trained[-1]).days < cooldown_days:
+        until = trained[-1] + timedelta(days=cooldown_days)
+        found.append(f"cooldown: retrained as of {trained[-1]}, none is asked for before {until}")
+    lately = [day for day in trained if (as_of - day).days < within_days]
+    if len(lately) >= most:
+        found.append(f"budget: {len(lately)} retrainings within {within_days} days, at most {most}")
+    return found
 
 
 def words(retraining: Retraining) -> str:

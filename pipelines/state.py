@@ -12,10 +12,10 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, date, datetime
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -45,9 +45,10 @@ from pipelines import places
 from pipelines.errors import BallastError, Conflict, Held, TryAgain, exit_with
 from pipelines.files import canonical_json
 
-SCHEMA = 4
+SCHEMA = 5
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
+ALERTS_KEPT = timedelta(days=90)  # once settled; Airflow's own 409 still stops a later repetition
 
 Move = Literal["promote", "rollback", "force"]  # what makes a version champion
 Word = Literal["ask", "approve", "reject", "supersede"]  # what is said of a decision that waits for a person
@@ -104,6 +105,19 @@ _retrainings = Table(
     Column("asked_at", Text, nullable=False),
     Column("began_at", Text),
     Column("ended_at", Text),
+    Column("outcome", Text),
+)
+_alerts = Table(
+    "alerts",
+    metadata,
+    Column("run_id", String(250), primary_key=True),
+    Column("action", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("received_at", Text, nullable=False),
+    Column("payload", Text, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("next_at", Text),
+    Column("settled_at", Text),
     Column("outcome", Text),
 )
 _settings = Table("settings", metadata, Column("name", String(64), primary_key=True), Column("value", Text))
@@ -173,6 +187,26 @@ class Retraining:
     began_at: str | None = None
     ended_at: str | None = None
     outcome: str | None = None  # promote, refuse, paused or failed; None while it is under way
+
+
+@dataclass(frozen=True)
+class Alert:
+    """Something that was asked for from outside, by the id of the run that it starts: the bridge's inbox."""
+
+    run_id: str
+    action: str  # retrain, monitor, rollback or freeze
+    payload: dict[str, Any]  # what the run gets to know of it
+    status: str = "waiting"  # waiting, started, done (no run was needed), held, withdrawn or failed
+    received_at: str = field(default_factory=lambda: _now())
+    tries: int = 0
+    next_at: str | None = None  # when delivery is tried again; None: at once
+    settled_at: str | None = None
+    outcome: str | None = None  # in words
+
+    @property
+    def asks(self) -> str | None:
+        """Who asks for the retraining that it opens: the run it starts; None if it asks for none."""
+        return f"retrain_on_alert/{self.run_id}" if self.action == "retrain" else None
 
 
 class State:
@@ -312,14 +346,10 @@ class State:
             rows = connection.execute(query).mappings()
             return [Window(**{**row, "numbers": json.loads(row["numbers"])}) for row in rows]
 
-    def ask_retraining(self, asked_by: str, as_of: date) -> None:
-        """Open a retraining that a run asks for by an event; asked for again, it is the same one."""
-        mine = _retrainings.c.asked_by == asked_by
+    def ask_retraining(self, asked_by: str, as_of: date, kind: str = "drift") -> None:
+        """Open a retraining that a run, or an alert, asks for; asked for again, it is the same one."""
         with self._begin() as connection:
-            connection.execute(delete(_retrainings).where(mine, _retrainings.c.run.is_(None)))
-            if connection.scalar(select(_retrainings.c.asked_by).where(mine)) is None:
-                asked = Retraining(asked_by, None, as_of.isoformat(), "drift", _now())
-                connection.execute(insert(_retrainings), asdict(asked))
+            _ask(connection, asked_by, as_of, kind)
 
     def begin_retraining(self, run: str, as_of: date, kind: str, asked_by: Sequence[str] = ()) -> None:
         """Note that ``run`` retrains now, because of those who asked for it; begun again, it is under way again."""
@@ -344,6 +374,65 @@ class State:
         with self._begin() as connection:
             rows = connection.execute(select(_retrainings).order_by(_retrainings.c.asked_at)).mappings()
             return list({row["run"] or row["asked_by"]: Retraining(**row) for row in rows}.values())
+
+    def take_alert(self, alert: Alert, against: Callable[[], str | None]) -> tuple[Alert, bool]:
+        """Keep an alert that fires, and open the retraining it asks for; return how it stands, and whether that is new.
+
+        ``against`` says why it must be held, if it must; it is asked while nobody else can take one. One that is held
+        is asked about again each time it comes.
+        """
+        with self._alone() as connection:
+            known = _known(connection, alert.run_id)
+            if known and known.status != "held":
+                return known, False
+            reason = against()
+            taken = replace(alert, status="held" if reason else "waiting", outcome=reason)
+            _put(connection, replace(taken, received_at=known.received_at) if known else taken)
+            if taken.asks and not reason:
+                _ask(connection, taken.asks, date.fromisoformat(taken.payload["as_of"]), "alert")
+            old = (datetime.now(UTC) - ALERTS_KEPT).isoformat(timespec="milliseconds")
+            connection.execute(delete(_alerts).where(_alerts.c.status != "waiting", _alerts.c.received_at < old))
+            return taken, known is None or not reason
+
+    def withdraw_alert(self, alert: Alert) -> Alert:
+        """Take back one that is resolved, unless it has started; one that has not come yet will start nothing."""
+        with self._alone() as connection:
+            known = _known(connection, alert.run_id)
+            if known and known.status not in ("waiting", "held"):
+                return known
+            words = "resolved before it started anything" if known else "resolved before its firing came"
+            gone = replace(known or alert, status="withdrawn", settled_at=_now(), outcome=words)
+            _put(connection, gone)
+            _close(connection, gone)
+            return gone
+
+    def settle_alert(self, alert: Alert, status: str, outcome: str) -> None:
+        """Note what came of an alert: ``started`` or ``done``; ``failed`` closes the retraining that it asked for."""
+        with self._alone() as connection:
+            _put(connection, replace(alert, status=status, outcome=outcome, settled_at=_now(), next_at=None))
+            if status == "failed":
+                _close(connection, alert)
+
+    def postpone_alert(self, alert: Alert, wait: timedelta, why: str) -> None:
+        """Try an alert again later, unless it has been withdrawn meanwhile."""
+        mine = (_alerts.c.run_id == alert.run_id) & (_alerts.c.status == "waiting")
+        at = (datetime.now(UTC) + wait).isoformat(timespec="milliseconds")
+        with self._begin() as connection:
+            connection.execute(update(_alerts).where(mine).values(tries=alert.tries + 1, next_at=at, outcome=why))
+
+    def alerts(self, *status: str) -> list[Alert]:
+        """The inbox, the oldest first; only those of a ``status``, if any is named."""
+        query = select(_alerts).order_by(_alerts.c.received_at, _alerts.c.run_id)
+        with self._begin() as connection:
+            found = connection.execute(query.where(_alerts.c.status.in_(status)) if status else query).mappings()
+            return [_alert(row) for row in found]
+
+    @contextmanager
+    def _alone(self) -> Iterator[Connection]:
+        """A transaction that keeps other ones of its kind out from its first read on."""
+        with self._begin() as connection:
+            connection.exec_driver_sql(_EXCLUSIVELY[self._engine.dialect.name])
+            yield connection
 
     def clock(self) -> date | None:
         """The date of the example clock; None while the wall clock counts."""
@@ -484,6 +573,32 @@ def today(state: State | None = None) -> date:
     return (state or State()).clock() or datetime.now(UTC).date()
 
 
+def _alert(row: Mapping[str, Any]) -> Alert:
+    return Alert(**{**row, "payload": json.loads(row["payload"])})
+
+
+def _known(connection: Connection, run_id: str) -> Alert | None:
+    row = connection.execute(select(_alerts).where(_alerts.c.run_id == run_id)).mappings().first()
+    return _alert(dict(row)) if row else None
+
+
+def _put(connection: Connection, alert: Alert) -> None:
+    connection.execute(delete(_alerts).where(_alerts.c.run_id == alert.run_id))
+    connection.execute(insert(_alerts), {**asdict(alert), "payload": canonical_json(alert.payload)})
+
+
+def _ask(connection: Connection, asked_by: str, as_of: date, kind: str) -> None:
+    mine = _retrainings.c.asked_by == asked_by
+    connection.execute(delete(_retrainings).where(mine, _retrainings.c.run.is_(None)))
+    if connection.scalar(select(_retrainings.c.asked_by).where(mine)) is None:
+        connection.execute(insert(_retrainings), asdict(Retraining(asked_by, None, as_of.isoformat(), kind, _now())))
+
+
+def _close(connection: Connection, alert: Alert) -> None:
+    """Drop the retraining that an alert asked for and no run has begun: nothing waits for it any more."""
+    connection.execute(delete(_retrainings).where(_retrainings.c.asked_by == alert.asks, _retrainings.c.run.is_(None)))
+
+
 # One migration at a time, and nobody writes meanwhile. (SQLite's driver begins no transaction for DDL by itself.)
 _EXCLUSIVELY = {"sqlite": "BEGIN IMMEDIATE", "postgresql": "LOCK TABLE ballast_schema IN EXCLUSIVE MODE"}
 
@@ -512,7 +627,12 @@ def _to_4(connection: Connection) -> None:
         connection.execute(CreateTable(table))
 
 
-_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4}
+def _to_5(connection: Connection) -> None:
+    """The inbox of the alert bridge."""
+    connection.execute(CreateTable(_alerts))
+
+
+_MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
 
 
 def _faults(entry: Entry, before: Entry | None) -> list[str]:
