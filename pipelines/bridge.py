@@ -318,6 +318,7 @@ def main() -> None:
         ssl_certfile=env.get("BALLAST_BRIDGE_TLS_CERT") or None,
         ssl_keyfile=env.get("BALLAST_BRIDGE_TLS_KEY") or None,
         log_level="warning",
+        ws="none",
     )
 
 

@@ -12,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from fastapi.testclient import TestClient
+import uvicorn
 
 from pipelines.bridge import make_app
 from pipelines.dagruns import Airflow
@@ -59,10 +60,19 @@ def state(tmp_path: Path) -> State:
 
 
 @pytest.fixture
-def bridge(state: State) -> Iterator[TestClient]:
+def bridge(state: State) -> Iterator[httpx.Client]:
     actions = frozenset({"retrain", "monitor", "freeze"})
-    with TestClient(make_app(TOKEN, actions, lambda: Airflow(f"http://127.0.0.1:{PORT}", "u", "p"), state)) as client:
+    app = make_app(TOKEN, actions, lambda: Airflow(f"http://127.0.0.1:{PORT}", "u", "p"), state)
+    server = uvicorn.Server(uvicorn.Config(app, port=PORT + 1, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    with httpx.Client(base_url=f"http://127.0.0.1:{PORT + 1}", trust_env=False) as client:
         yield client
+    server.should_exit = True
+    thread.join()
 
 
 def delivery(*fingerprints: str, status: str = "firing", action: str = "monitor") -> dict[str, Any]:
@@ -71,7 +81,7 @@ def delivery(*fingerprints: str, status: str = "firing", action: str = "monitor"
     return {"version": "4", "alerts": [{**alert, "fingerprint": one} for one in fingerprints]}
 
 
-def outcomes(bridge: TestClient, body: dict[str, Any]) -> list[str]:
+def outcomes(bridge: httpx.Client, body: dict[str, Any]) -> list[str]:
     answer = bridge.post("/alertmanager", json=body, headers=BEARER)
     assert answer.status_code == 202, answer.text
     return [one["outcome"] for one in answer.json()["alerts"]]
@@ -84,7 +94,7 @@ def wait_until_empty(state: State) -> None:
         time.sleep(0.02)
 
 
-def test_bridge_alert_that_is_delivered_again_starts_one_run(bridge: TestClient, state: State) -> None:
+def test_bridge_alert_that_is_delivered_again_starts_one_run(bridge: httpx.Client, state: State) -> None:
     runs: Counter[str] = Counter()
     with airflow(runs):
         assert outcomes(bridge, delivery("a1", "a1", "b2")) == ["accepted", "known", "accepted"]
@@ -93,7 +103,7 @@ def test_bridge_alert_that_is_delivered_again_starts_one_run(bridge: TestClient,
     assert runs == {"alert-a1-20130501T000000Z": 1, "alert-b2-20130501T000000Z": 1}
 
 
-def test_bridge_airflow_away_keeps_the_alert_until_it_is_back(bridge: TestClient, state: State) -> None:
+def test_bridge_airflow_away_keeps_the_alert_until_it_is_back(bridge: httpx.Client, state: State) -> None:
     assert outcomes(bridge, delivery("a1")) == ["accepted"]
     time.sleep(0.5)
     assert [alert.status for alert in state.alerts()] == ["waiting"]
@@ -103,7 +113,7 @@ def test_bridge_airflow_away_keeps_the_alert_until_it_is_back(bridge: TestClient
     assert runs == {"alert-a1-20130501T000000Z": 1}
 
 
-def test_bridge_second_retraining_is_held_while_one_waits(bridge: TestClient, state: State) -> None:
+def test_bridge_second_retraining_is_held_while_one_waits(bridge: httpx.Client, state: State) -> None:
     assert outcomes(bridge, delivery("a1", "b2", action="retrain")) == ["accepted", "held"]
     assert [(one.asked_by, one.kind) for one in state.retrainings()] == [
         ("retrain_on_alert/alert-a1-20130501T000000Z", "alert")
@@ -113,13 +123,13 @@ def test_bridge_second_retraining_is_held_while_one_waits(bridge: TestClient, st
     assert outcomes(bridge, delivery("b2", action="retrain")) == ["accepted"]  # held, asked again
 
 
-def test_bridge_resolved_before_its_firing_starts_nothing(bridge: TestClient, state: State) -> None:
+def test_bridge_resolved_before_its_firing_starts_nothing(bridge: httpx.Client, state: State) -> None:
     assert outcomes(bridge, delivery("a1", status="resolved")) == ["withdrawn"]
     assert outcomes(bridge, delivery("a1")) == ["known"]
     assert state.alerts("waiting") == []
 
 
-def test_bridge_freeze_is_written_into_the_ledger(bridge: TestClient, state: State) -> None:
+def test_bridge_freeze_is_written_into_the_ledger(bridge: httpx.Client, state: State) -> None:
     asked = {"action": "freeze", "source": "ci", "key": "7", "reason": "a bad release"}
     assert bridge.post("/trigger", json=asked, headers=BEARER).status_code == 202
     wait_until_empty(state)
@@ -127,7 +137,7 @@ def test_bridge_freeze_is_written_into_the_ledger(bridge: TestClient, state: Sta
 
 
 @pytest.mark.parametrize("path", ["/alertmanager", "/trigger"])
-def test_bridge_refuses_what_is_wrong_and_keeps_nothing_of_it(bridge: TestClient, state: State, path: str) -> None:
+def test_bridge_refuses_what_is_wrong_and_keeps_nothing_of_it(bridge: httpx.Client, state: State, path: str) -> None:
     def status(body: bytes, **headers: str) -> int:
         sent = {**BEARER, "Content-Type": "application/json", **headers}
         return bridge.post(path, content=body, headers=sent).status_code
@@ -141,6 +151,6 @@ def test_bridge_refuses_what_is_wrong_and_keeps_nothing_of_it(bridge: TestClient
     assert state.alerts() == []
 
 
-def test_bridge_action_that_is_not_allowed_or_named_starts_nothing(bridge: TestClient, state: State) -> None:
+def test_bridge_action_that_is_not_allowed_or_named_starts_nothing(bridge: httpx.Client, state: State) -> None:
     assert outcomes(bridge, delivery("a1", action="rollback")) == ["refused_action"]
     assert state.alerts() == []
