@@ -30,7 +30,6 @@ from pipelines import alerts, embedded
 from pipelines.dagruns import Airflow, Refused
 from pipelines.errors import BallastError, exit_with
 from pipelines.freeze import freeze
-from pipelines.places import var
 from pipelines.state import Alert, State, frozen
 
 MOST_BYTES = 2 * 1024**2
@@ -260,17 +259,12 @@ def _documented(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def token_file() -> Path:
-    """Where the token lies (``BALLAST_BRIDGE_TOKEN_FILE``)."""
-    return Path(os.environ.get("BALLAST_BRIDGE_TOKEN_FILE") or var() / "bridge" / "token")
-
-
 def _token() -> str:
     try:
-        return token_file().read_text(encoding="utf-8").strip()
+        return embedded.bridge_token_file().read_text(encoding="utf-8").strip()
     except OSError as error:
         raise BallastError(
-            f"The bridge has no token: {token_file()} cannot be read ({error.strerror}). "
+            f"The bridge has no token: {embedded.bridge_token_file()} cannot be read ({error.strerror}). "
             "`make up` makes one, or set BALLAST_BRIDGE_TOKEN_FILE."
         ) from None
 

@@ -37,6 +37,20 @@ def bridge_port() -> int:
     return _port("BALLAST_BRIDGE_PORT", 9190, "bridge")
 
 
+def bridge_token_file() -> Path:
+    """Where the alert bridge's token lies (``BALLAST_BRIDGE_TOKEN_FILE``)."""
+    return Path(os.environ.get("BALLAST_BRIDGE_TOKEN_FILE") or var() / "bridge" / "token")
+
+
+def make_bridge_token() -> None:
+    """Make the bridge's token if there is none; only its owner may read it."""
+    file = bridge_token_file()
+    if not file.exists():
+        with whole_file(file) as part:
+            part.touch(mode=0o600)
+            part.write_text(secrets.token_urlsafe(32) + "\n")
+
+
 def airflow_url() -> str:
     """Airflow's address for a person's browser."""
     return f"http://localhost:{airflow_port()}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import processes
-from pipelines.embedded import airflow, airflow_port, environment, mlflow_port
+from pipelines.embedded import airflow, airflow_port, bridge_port, environment, make_bridge_token, mlflow_port
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json, write_json
 from pipelines.places import ROOT, mlflow_artifacts, var
@@ -70,6 +70,7 @@ def services() -> list[Service]:
     return [
         Service("mlflow", [*tracking, *stores, str(mlflow_artifacts()), "--no-serve-artifacts"], mlflow_port()),
         Service("api-server", [*airflow, "api-server"], airflow_port()),
+        Service("bridge", [python, "-m", "pipelines.bridge"], bridge_port()),
         Service("scheduler", [*airflow, "scheduler", "--skip-serve-logs"]),
         Service("dag-processor", [*airflow, "dag-processor"]),
     ]
@@ -162,7 +163,8 @@ def _is_free(port: int) -> bool:
 
 
 def _taken(port: int) -> str:
-    variable = "AIRFLOW_PORT" if port == airflow_port() else "MLFLOW_PORT"
+    variables = {airflow_port(): "AIRFLOW_PORT", bridge_port(): "BALLAST_BRIDGE_PORT"}
+    variable = variables.get(port, "MLFLOW_PORT")
     holder = processes.listener(port)
     by = f"by process {holder} ({processes.command(holder)})" if holder else "by a process of another user"
     return f"Port {port} is taken {by}. Stop that process, or choose another port: make run {variable}={port + 1}"
@@ -176,6 +178,7 @@ def _start_all(missing: list[Service]) -> None:
         (var() / folder).mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(var()).free) < LEAST_FREE_BYTES:
         raise BallastError(f"Only {free / 1e9:.1f} GB are free in {var()}; a turn needs about 1 GB. Make room.")
+    make_bridge_token()
     env = environment()
     for service in missing:
         if service.name == "api-server":
