@@ -58,8 +58,10 @@ class Trigger(BaseModel):
     annotations: Words = Field(default_factory=dict)
 
 
-class Pace(BaseModel):
+class Pace(params.Params):
     """What of the ``policy`` section alerts share with the monitor."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     class Budget(BaseModel):
         """At most so many retrainings in so many days."""

@@ -425,7 +425,7 @@ class State:
         query = select(_alerts).order_by(_alerts.c.received_at, _alerts.c.run_id)
         with self._begin() as connection:
             found = connection.execute(query.where(_alerts.c.status.in_(status)) if status else query).mappings()
-            return [_alert(row) for row in found]
+            return [_alert(dict(row)) for row in found]
 
     @contextmanager
     def _alone(self) -> Iterator[Connection]:
