@@ -346,7 +346,8 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
     digest = record.keep(out, facts)
     version = registry.version(challenger.version)
     made = (digest, version.number, verdict.verdict, verdict.summary, as_of.isoformat(), facts["decided_at"])
-    state.remember(Decision(*made, data=provenance.data(), run=provenance.run()))
+    counted = _counted(verdict, challenger)
+    state.remember(Decision(*made, data=provenance.data(), run=provenance.run(), facts=counted))
     state.end_retraining(provenance.actor(), verdict.verdict)
     card.keep(version.number, state)
     timeline.show(state)
@@ -362,6 +363,13 @@ def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Pat
         "run_id": version.run_id,
         "experiment_id": tracking.run_data(version.run_id).experiment_id,
     }
+
+
+def _counted(verdict: Verdict, challenger: Side) -> dict[str, Any]:
+    """What metrics count of a decision: how each rule came out, and up to when the challenger has learned."""
+    rules = {found.rule: {"severity": found.severity, "passed": found.passed} for found in verdict.rules}
+    # A model that was not looked at for the decision is not loaded for a metric.
+    return {"rules": rules, "trained_until": challenger.trained_until.isoformat() if verdict.comparison else None}
 
 
 def _standing(state: State, version: int, limit: int) -> list[str]:

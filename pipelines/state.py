@@ -83,6 +83,7 @@ _decisions = Table(
     Column("decided_at", Text, nullable=False),
     Column("data", Text),
     Column("run", Text),
+    Column("facts", Text),
 )
 _windows = Table(
     "windows",
@@ -160,6 +161,9 @@ class Decision:
     decided_at: str
     data: str | None = None  # provenance.data() of what it was judged on; None where that is not known
     run: str | None = None  # the DAG run that asked for it, which may decide again; None outside of one
+    facts: dict[str, Any] | None = (
+        None  # of its record, what metrics count: `rules`, `trained_until`; None before schema 5
+    )
 
 
 @dataclass(frozen=True)
@@ -320,8 +324,9 @@ class State:
 
     def remember(self, decision: Decision) -> None:
         """Keep what the gate said; promotion asks for it."""
+        facts = None if decision.facts is None else canonical_json(decision.facts)
         with self._begin() as connection:
-            connection.execute(insert(_decisions), asdict(decision))
+            connection.execute(insert(_decisions), {**asdict(decision), "facts": facts})
 
     def decision(self, record_sha256: str) -> Decision | None:
         """The decision whose record has this hash."""
@@ -331,7 +336,8 @@ class State:
         """Every decision of the gate, the oldest first."""
         query = select(_decisions).order_by(_decisions.c.decided_at)
         with self._begin() as connection:
-            return [Decision(**row) for row in connection.execute(query).mappings()]
+            rows = connection.execute(query).mappings()
+            return [Decision(**{**row, "facts": json.loads(row["facts"]) if row["facts"] else None}) for row in rows]
 
     def remember_window(self, window: Window) -> None:
         """Keep what the monitor saw of an interval; said again, it takes the place of what was said before."""
@@ -628,8 +634,9 @@ def _to_4(connection: Connection) -> None:
 
 
 def _to_5(connection: Connection) -> None:
-    """The inbox of the alert bridge."""
+    """The inbox of the alert bridge; a decision keeps of its record what metrics count."""
     connection.execute(CreateTable(_alerts))
+    connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN facts TEXT")
 
 
 _MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
