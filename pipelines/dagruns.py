@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -150,6 +150,17 @@ class Airflow:
         runs = self._get(f"/dags/{quote(dag_id)}/dagRuns", limit=1, order_by="-run_after")["dag_runs"]
         return _run(runs[0]) if runs else None
 
+    def runs(self, states: Sequence[str], dag_id: str = "~", limit: int = PAGE) -> list[Run]:
+        """The newest runs in one of these states, of all DAGs unless one is named; those that ended last come first."""
+        query = {"state": list(states), "limit": limit, "order_by": "-end_date"}
+        return [_run(fields) for fields in self._get(f"/dags/{quote(dag_id)}/dagRuns", **query)["dag_runs"]]
+
+    def failures(self, task_id: str) -> list[str]:
+        """The DAGs of the instances of a task that are failed now, one entry each."""
+        path = "/dags/~/dagRuns/~/taskInstances"
+        found = self._get(path, task_id=task_id, state="failed", limit=PAGE)["task_instances"]
+        return [fields["dag_id"] for fields in found]
+
     def tasks(self, run: Run) -> list[Task]:
         """The tasks of a run in the order in which they were begun; those that have not begun come last."""
         found = self._get(f"{_path(run.dag_id, run.run_id)}/taskInstances", limit=PAGE)["task_instances"]
@@ -211,7 +222,7 @@ class Airflow:
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                return self._call("GET", f"{path}?{urlencode(query)}" if query else path)
+                return self._call("GET", f"{path}?{urlencode(query, doseq=True)}" if query else path)
             except TryAgain:
                 if time.monotonic() >= deadline:
                     raise

@@ -51,6 +51,11 @@ def make_bridge_token() -> None:
             part.write_text(secrets.token_urlsafe(32) + "\n")
 
 
+def exporter_port() -> int:
+    """Where the exporter listens (``BALLAST_EXPORTER_PORT``, 9180)."""
+    return _port("BALLAST_EXPORTER_PORT", 9180, "exporter")
+
+
 def airflow_url() -> str:
     """Airflow's address for a person's browser."""
     return f"http://localhost:{airflow_port()}"

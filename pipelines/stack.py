@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import processes
-from pipelines.embedded import airflow, airflow_port, bridge_port, environment, make_bridge_token, mlflow_port
+from pipelines.embedded import (
+    airflow,
+    airflow_port,
+    bridge_port,
+    environment,
+    exporter_port,
+    make_bridge_token,
+    mlflow_port,
+)
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json, write_json
 from pipelines.places import ROOT, mlflow_artifacts, var
@@ -73,6 +81,7 @@ def services() -> list[Service]:
         Service("bridge", [python, "-m", "pipelines.bridge"], bridge_port()),
         Service("scheduler", [*airflow, "scheduler", "--skip-serve-logs"]),
         Service("dag-processor", [*airflow, "dag-processor"]),
+        Service("exporter", [python, "-m", "pipelines.exporter"], exporter_port()),
     ]
 
 
@@ -163,8 +172,13 @@ def _is_free(port: int) -> bool:
 
 
 def _taken(port: int) -> str:
-    variables = {airflow_port(): "AIRFLOW_PORT", bridge_port(): "BALLAST_BRIDGE_PORT"}
-    variable = variables.get(port, "MLFLOW_PORT")
+    variables = {
+        airflow_port(): "AIRFLOW_PORT",
+        mlflow_port(): "MLFLOW_PORT",
+        bridge_port(): "BALLAST_BRIDGE_PORT",
+        exporter_port(): "BALLAST_EXPORTER_PORT",
+    }
+    variable = variables[port]
     holder = processes.listener(port)
     by = f"by process {holder} ({processes.command(holder)})" if holder else "by a process of another user"
     return f"Port {port} is taken {by}. Stop that process, or choose another port: make run {variable}={port + 1}"
@@ -282,7 +296,12 @@ def _wait(wanted: list[Service], missing: list[str]) -> None:
 
 def _lacking() -> list[str]:
     """The services that do not answer yet, or have shown no sign of life since they were started."""
-    lacking = [] if _answers(f"http://127.0.0.1:{mlflow_port()}/health") else ["MLflow"]
+    pages = {
+        "MLflow": f"{mlflow_port()}/health",
+        "alert bridge": f"{bridge_port()}/healthz",
+        "exporter": f"{exporter_port()}/healthz",
+    }
+    lacking = [name for name, page in pages.items() if not _answers(f"http://127.0.0.1:{page}")]
     try:
         health = airflow().health()
     except BallastError:

@@ -30,7 +30,8 @@ class Stack:
     def __init__(self, root: Path) -> None:
         self.root = root
         subprocess.run(["git", "clone", "-q", str(PROJECT), str(root)], check=True)
-        ports = {"AIRFLOW_PORT": str(free_port()), "MLFLOW_PORT": str(free_port())}
+        names = ("AIRFLOW_PORT", "MLFLOW_PORT", "BALLAST_BRIDGE_PORT", "BALLAST_EXPORTER_PORT")
+        ports = {name: str(free_port()) for name in names}
         self.mlflow = f"http://127.0.0.1:{ports['MLFLOW_PORT']}"
         self.env = clean_environment(**ports)
 
