@@ -8,6 +8,7 @@ from typing import Any
 from airflow.providers.standard.operators.empty import EmptyOperator
 from airflow.sdk import Param, TriggerRule, chain
 
+import ballast_notify
 from ballast_assets import CHALLENGER_READY, DRIFT_DETECTED
 from ballast_operators import (
     AnnounceOperator,
@@ -23,6 +24,9 @@ from ballast_operators import (
 TRAINING_POOL = "training"
 PROMOTION_POOL = "promotion"
 
+TELL = ballast_notify.callbacks()
+TOLD: dict[str, Any] = {"on_success_callback": TELL}  # of the steps whose verdict a person may want to hear of
+
 DEFAULT_ARGS: dict[str, Any] = {
     "owner": "ballast",
     "retries": 3,
@@ -30,6 +34,7 @@ DEFAULT_ARGS: dict[str, Any] = {
     "retry_exponential_backoff": 2.0,
     "max_retry_delay": timedelta(minutes=5),
     "execution_timeout": timedelta(minutes=30),
+    "on_failure_callback": TELL,
 }
 
 AS_OF = Param(
@@ -59,7 +64,7 @@ def retrain() -> None:
     prepare = StepOperator(step="prepare")
     chain(
         *look(),
-        StepOperator(step="admit", branches={"go": prepare.task_id, "pause": paused.task_id}),
+        StepOperator(step="admit", branches={"go": prepare.task_id, "pause": paused.task_id}, **TOLD),
         [prepare, paused],
     )
     chain(
@@ -67,7 +72,7 @@ def retrain() -> None:
         StepOperator(step="train", pool=TRAINING_POOL, execution_timeout=timedelta(hours=6)),
         StepOperator(step="evaluate"),
         StepOperator(step="register", pool=PROMOTION_POOL),
-        StepOperator(step="decide", branches={"promote": ready.task_id, "refuse": refused.task_id}),
+        StepOperator(step="decide", branches={"promote": ready.task_id, "refuse": refused.task_id}, **TOLD),
         [ready, refused],
     )
 
@@ -97,7 +102,7 @@ def monitor() -> None:
 def promote() -> None:
     """Make the challenger of a passing record the champion, after a person's approval where the record asks for it."""
     either: dict[str, Any] = {"trigger_rule": TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS}  # of review and answer
-    promoted = StepOperator(step="promote", arguments=challenger, pool=PROMOTION_POOL, **either)
+    promoted = StepOperator(step="promote", arguments=challenger, pool=PROMOTION_POOL, **either, **TOLD)
     refused = EmptyOperator(task_id="refused", **either)
     approve = ApproveOperator(
         task_id="approve",
@@ -107,13 +112,13 @@ def promote() -> None:
     )
     ends = {"promote": promoted.task_id, "refuse": refused.task_id}
     review = StepOperator(
-        step="review", arguments=challenger, pool=PROMOTION_POOL, branches={"ask": approve.task_id, **ends}
+        step="review", arguments=challenger, pool=PROMOTION_POOL, branches={"ask": approve.task_id, **ends}, **TOLD
     )
-    answer = StepOperator(step="answer", arguments=answered, pool=PROMOTION_POOL, branches=ends)
+    answer = StepOperator(step="answer", arguments=answered, pool=PROMOTION_POOL, branches=ends, **TOLD)
     chain(review, [approve, promoted, refused])
     chain(approve, answer, [promoted, refused])
 
 
 def rollback() -> None:
     """Put the champion before, or an earlier one, back in its place."""
-    StepOperator(step="rollback", arguments=way_back, pool=PROMOTION_POOL)
+    StepOperator(step="rollback", arguments=way_back, pool=PROMOTION_POOL, **TOLD)
