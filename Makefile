@@ -1,7 +1,7 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test test-e2e check bench-quality bench-train bench-drift
+.PHONY: help setup run up down test test-e2e test-alerts check bench-quality bench-train bench-drift
 .NOTPARALLEL:
 
 unexport PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -35,6 +35,9 @@ test: setup ## The test suite
 
 test-e2e: setup ## The tests that start the real stack
 	@$(BIN)/pytest -m e2e
+
+test-alerts: setup ## Of those the way of an alert, with real Prometheus and Alertmanager: metric, rule, bridge, run
+	@$(BIN)/pytest -m e2e tests/e2e/test_alerts.py
 
 check: setup ## Format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check

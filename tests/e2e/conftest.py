@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -70,14 +71,19 @@ RULES = [
 ]
 
 
-def write_source(inbox: Path, days: int = DAYS) -> None:
-    """Days of visits in two CSV files, and the shops; two baskets are impossible."""
+def write_source(inbox: Path, days: int = DAYS, first: str = "2024-01-01", flip_from: int | None = None) -> None:
+    """Days of visits in two CSV files, and the shops; two baskets are impossible.
+
+    From day ``flip_from`` on the label depends on the inputs the other way round, while the inputs stay as they were.
+    """
     random = np.random.default_rng(3)
     n = days * VISITS
-    at = pd.Timestamp("2024-01-01", tz="UTC") + pd.to_timedelta(np.sort(random.integers(0, days * 86_400, n)), unit="s")
+    after = np.sort(random.integers(0, days * 86_400, n))
+    at = pd.Timestamp(first, tz="UTC") + pd.to_timedelta(after, unit="s")
     basket = random.gamma(2.0, 30.0, n)
     channel = random.choice(["app", "till"], n)
-    chance = 1 / (1 + np.exp(-(basket - 60) / 25 - (channel == "app")))
+    sign = np.where(after >= (days if flip_from is None else flip_from) * 86_400, -1, 1)
+    chance = 1 / (1 + np.exp(-sign * ((basket - 60) / 25 + (channel == "app"))))
     visits = pd.DataFrame(
         {
             "visit": [f"v{number}" for number in range(n)],
@@ -102,8 +108,8 @@ def project(tmp_path: Path) -> Path:
     return own_project(tmp_path / "project")
 
 
-def own_project(root: Path, days: int = DAYS, candidates: Sequence[str] = ("tabm", "hgb")) -> Path:
-    """Make such a project: a git repository with one commit."""
+def own_project(root: Path, days: int = DAYS, candidates: Sequence[str] = ("tabm", "hgb"), **source: Any) -> Path:
+    """Make such a project: a git repository with one commit. ``source`` goes to ``write_source``."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
     for name in filter(None, tracked.stdout.split("\0")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +129,7 @@ def own_project(root: Path, days: int = DAYS, candidates: Sequence[str] = ("tabm
     (root / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (root / "pipelines" / "prepare.sql").write_text(SQL)
     (root / "pipelines" / "validate.yaml").write_text(EXPECTATIONS)
-    write_source(root / "inbox", days)
+    write_source(root / "inbox", days, **source)
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "Our own data"]):
         subprocess.run(["git", *command], cwd=root, check=True)

@@ -328,6 +328,37 @@ def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turn
     assert stack.alias() == 1
 
 
+BACKFILL = """
+import json, time
+from pipelines import embedded
+client = embedded.airflow(30)
+client.set_paused("monitor", False)
+dates = {"from_date": "2013-08-01T00:00:00Z", "to_date": "2013-09-01T00:00:00Z"}
+client._call("POST", "/backfills", {"dag_id": "monitor", "max_active_runs": 1, **dates})
+def runs():
+    return [run for run in client._get("/dags/monitor/dagRuns", limit=100)["dag_runs"] if run["run_type"] == "backfill"]
+deadline = time.monotonic() + 600
+while len(found := runs()) < 2 or not all(run["state"] in ("success", "failed") for run in found):
+    assert time.monotonic() < deadline, found
+    time.sleep(0.5)
+client.set_paused("monitor", True)
+keys = ("state", "data_interval_start", "data_interval_end", "start_date", "end_date")
+print(json.dumps([{key: run[key] for key in keys} for run in sorted(found, key=lambda run: run["data_interval_end"])]))
+"""
+
+
+def test_backfill_in_airflow_takes_the_months_one_after_another(stack: Stack, turned: str) -> None:
+    """As a person starts it in the UI, with Max Active Runs 1."""
+    august, september = json.loads(stack.with_mlflow("-c", BACKFILL).splitlines()[-1])
+    assert (august["state"], september["state"]) == ("success", "success")
+    assert [august["data_interval_end"][:10], september["data_interval_end"][:10]] == ["2013-09-01", "2013-10-01"]
+    assert august["end_date"] <= september["start_date"]
+    for month in ("2013-08-01..2013-09-01", "2013-09-01..2013-10-01"):
+        folder = stack.root / "var" / "reports" / "monitor" / month
+        assert json.loads((folder / "policy.json").read_text())["verdict"] in ("retrain", "wait", "hold")
+    assert stack.told("status")["clock"] == "2013-10-01"
+
+
 def test_down_leaves_no_process(stack: Stack, turned: str) -> None:
     assert "stopped" in stack.make("down")
     assert stack.processes() == []
