@@ -176,6 +176,15 @@ def _part(window: Window | None, name: str) -> Mapping[str, Any]:
     return (window.numbers.get(name) if window else None) or {}
 
 
+def _in_a_row(windows: Sequence[Window], part: str, name: str) -> int:
+    """How many of the newest windows, of the champion that was watched last, say so without a gap."""
+    same = [one for one in reversed(windows) if one.version == windows[-1].version]
+    return len(list(takewhile(lambda one: _part(one, part).get(name), same)))
+
+
+_IN_A_ROW = "Newest windows in a row, of one champion, that {}."
+
+
 def _window(windows: Sequence[Window]) -> list[Metric]:
     window = _newest(windows)
     numbers: Mapping[str, Any] = window.numbers if window else {}
@@ -203,6 +212,7 @@ def _model(windows: Sequence[Window], policy: PolicyParams | None) -> list[Metri
     version = str(window.version) if window else ""
     realised, estimated = _part(window, "performance"), _part(window, "estimate")
     reference = realised if realised.get("measured") else estimated
+    estimates = _in_a_row(windows, "estimate", "worse")
     kinds = {"realised": realised, "estimated": estimated}
 
     def of(name: str, beside: str = "") -> Samples:
@@ -218,6 +228,7 @@ def _model(windows: Sequence[Window], policy: PolicyParams | None) -> list[Metri
         gauges("model_log_loss_rise", "Log loss less that of the test window.", _MODEL, of("rise")),
         gauges("model_log_loss_rise_standard_error", "Of the rise, by day.", _MODEL, of("standard_error")),
         gauges("model_worse", "1 if the rise is more than its uncertainty explains.", _MODEL, of("worse")),
+        gauge("model_estimated_worse_windows", _IN_A_ROW.format("are worse by estimate"), estimates),
         gauge("model_labelled_rows", "Labelled rows that the realised one is from.", realised.get("labelled_rows")),
         gauges("model_judged_start_timestamp_seconds", _JUDGED, ("kind",), starts),
         gauges("policy_max_rise", "The rise that the policy allows (params.yaml).", ("kind",), _bounds(policy)),
@@ -247,8 +258,7 @@ def _inputs(windows: Sequence[Window]) -> list[Metric]:
     def of(name: str) -> Samples:
         return [((column,), found.get(name)) for column, found in columns.items()]
 
-    same = [one for one in windows if window and one.version == window.version]
-    run = list(takewhile(lambda one: _part(one, "inputs").get("raises"), reversed(same)))
+    raised = _in_a_row(windows, "inputs", "raises")
     moved = len(inputs["moved_columns"]) if inputs.get("judged") else None
     return [
         gauges("drift_score", "Distance of a column from the training rows, by its method.", ("column",), of("score")),
@@ -259,7 +269,7 @@ def _inputs(windows: Sequence[Window]) -> list[Metric]:
         gauge("drift_columns_judged", "Columns that could be judged.", inputs.get("judged")),
         gauge("drift_weighted_share_ratio", "Share of importance that has moved.", inputs.get("weighted_share")),
         gauge("drift_raises", "1 if so much has moved that it raises.", inputs.get("raises")),
-        gauge("drift_raised_windows", "Newest windows in a row, of one champion, that raise.", len(run)),
+        gauge("drift_raised_windows", _IN_A_ROW.format("raise"), raised),
     ]
 
 
