@@ -466,9 +466,10 @@ class State:
         with self._alone() as connection:
             connection.execute(update(_alerts).where(mine).values(**again))
 
-    def alerts(self, *status: str) -> list[Alert]:
-        """The inbox, the oldest first; only those of a ``status``, if any is named."""
-        query = select(_alerts).order_by(_alerts.c.received_at, _alerts.c.run_id)
+    def alerts(self, *status: str, last: int | None = None) -> list[Alert]:
+        """The inbox, the oldest first, or its ``last``, the newest first; only those of a ``status``, if any is named."""
+        order = (_alerts.c.received_at, _alerts.c.run_id)
+        query = select(_alerts).order_by(*(column.desc() if last else column for column in order)).limit(last)
         with self._begin() as connection:
             found = connection.execute(query.where(_alerts.c.status.in_(status)) if status else query).mappings()
             return [_alert(dict(row)) for row in found]
