@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints
 
 from pipelines import params, retraining
-from pipelines.errors import BallastError, TryAgain
+from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import canonical_json
 from pipelines.places import ROOT
 from pipelines.state import Alert, Inbox, State, today
@@ -170,3 +171,12 @@ def _said(run_id: str, outcome: str, words: str) -> dict[str, str]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def main() -> None:
+    """Print the published schema of what a generic sender posts."""
+    print(json.dumps(Trigger.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -238,6 +238,10 @@ def make_app(
             counters.oldest.set(math.nan)
         return Response(generate_latest(counters.registry), media_type=CONTENT_TYPE_LATEST)
 
+    app.openapi().setdefault("components", {})["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "basic": {"type": "http", "scheme": "basic", "description": f"The user is {USER}, the token its password."},
+    }
     return app
 
 
@@ -300,7 +304,8 @@ def _documented(model: type[BaseModel]) -> dict[str, Any]:
     inner = schema.pop("$defs", {})
     if inner:  # only Firing, in Delivery: written out in its place
         schema["properties"]["alerts"]["items"] = inner["Firing"]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"requestBody": body, "security": [{"bearer": []}, {"basic": []}]}
 
 
 def _token() -> str:

@@ -467,7 +467,7 @@ class State:
             connection.execute(update(_alerts).where(mine).values(**again))
 
     def alerts(self, *status: str, last: int | None = None) -> list[Alert]:
-        """The inbox, the oldest first, or its ``last``, the newest first; only those of a ``status``, if any is named."""
+        """The inbox, the oldest first, or its ``last``, newest first; only those of a ``status``, if any is named."""
         order = (_alerts.c.received_at, _alerts.c.run_id)
         query = select(_alerts).order_by(*(column.desc() if last else column for column in order)).limit(last)
         with self._begin() as connection:

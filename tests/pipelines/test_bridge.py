@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import uvicorn
 from benchmarks.bridge import BEARER, TOKEN, FakeAirflow, airflow
 from pipelines import embedded
 from pipelines import state as states
+from pipelines.alerts import Trigger
 from pipelines.bridge import make_app
 from pipelines.dagruns import Airflow
 from pipelines.errors import BallastError, TryAgain
@@ -269,6 +271,34 @@ def test_bridge_fault_that_is_not_foreseen_asks_the_sender_to_come_again(
     assert 'deliveries_total{status="503"} 1.0' in bridge.get("/metrics").text
     assert "inbox_waiting NaN" in bridge.get("/metrics").text
     assert bridge.get("/healthz").status_code == 200
+
+
+def test_trigger_schema_is_the_published_one() -> None:
+    published = json.loads((embedded.ROOT / "docs" / "trigger.schema.json").read_text())
+    assert published == Trigger.model_json_schema(), "python -m pipelines.alerts > docs/trigger.schema.json"
+
+
+def test_bridge_openapi_says_how_a_sender_is_known(bridge: httpx.Client) -> None:
+    found = bridge.get("/openapi.json").json()
+    assert {name: one["scheme"] for name, one in found["components"]["securitySchemes"].items()} == {
+        "bearer": "bearer",
+        "basic": "basic",
+    }
+    for path in ("/alertmanager", "/trigger"):
+        assert found["paths"][path]["post"]["security"] == [{"bearer": []}, {"basic": []}]
+
+
+def test_alerts_page_shows_requests_that_are_taken(bridge: httpx.Client, state: State) -> None:
+    page = (embedded.ROOT / "docs" / "alerts.md").read_text()
+    bodies = [
+        one.replace('\\"', '"').replace("\\%", "%")
+        for one in re.findall(r"""-d ['"](\{\\?"action.*?\})['"]$""", page, re.M | re.S)
+    ]
+    assert len(bodies) == 3
+    for body in bodies:
+        answer = bridge.post("/trigger", content=body, headers={**BEARER, "Content-Type": "application/json"})
+        assert answer.status_code == 202, answer.text
+        assert answer.json()["alerts"][0]["outcome"] in ("accepted", "held")
 
 
 # --- the inbox
