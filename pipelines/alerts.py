@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
@@ -10,14 +11,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, StringConstraints
 
 from pipelines import params, retraining
-from pipelines.errors import BallastError, TryAgain
+from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import canonical_json
 from pipelines.places import ROOT
-from pipelines.state import Alert, State, today
+from pipelines.state import Alert, Inbox, State, today
 
 ACTIONS = ("retrain", "monitor", "rollback", "freeze")
 MOST_ALERTS = 1000  # in one delivery
 MOST_WAITING = 1000  # in the inbox, beyond which senders are asked to come again
+MOST_CHARACTERS = 32_768  # of what a run gets to know of its alert
 
 # No NUL anywhere: PostgreSQL's JSONB, where Airflow keeps a run's conf, cannot hold one.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
@@ -89,6 +91,9 @@ def trigger_id(source: str, key: str) -> str:
     return f"trigger-{_hash([source, key])}"
 
 
+_TOO_LONG = f"labels and annotations have more than {MOST_CHARACTERS} characters. Shorten them."
+
+
 def take(state: State, delivery: Delivery, actions: frozenset[str]) -> list[dict[str, str]]:
     """Take in each alert of a delivery; return its id, outcome and words."""
     return [_take_firing(state, firing, delivery.receiver, actions) for firing in delivery.alerts]
@@ -98,6 +103,8 @@ def take_trigger(state: State, trigger: Trigger, actions: frozenset[str]) -> dic
     """Take in what a generic sender asks for."""
     run_id = trigger_id(trigger.source, trigger.key)
     told = trigger.model_dump(exclude={"action", "as_of"})
+    if len(canonical_json(told)) > MOST_CHARACTERS:
+        return _said(run_id, "refused_size", _TOO_LONG)
     return _fire(state, run_id, trigger.action, told, trigger.as_of, actions)
 
 
@@ -111,7 +118,9 @@ def _take_firing(state: State, firing: Firing, receiver: str, actions: frozenset
         return _said(firing.fingerprint, "refused_time", str(error))
     notes, name = firing.annotations, firing.labels.get("alertname", firing.fingerprint)
     told = {**firing.model_dump(mode="json", exclude={"status"}), "receiver": receiver}
-    told["reason"] = notes.get("summary") or notes.get("description") or f"alert {name}"
+    told["reason"] = (notes.get("summary") or notes.get("description") or f"alert {name}").strip() or f"alert {name}"
+    if len(canonical_json(told)) > MOST_CHARACTERS:
+        return _said(run_id, "refused_size", _TOO_LONG)
     if firing.status == "resolved" and action in actions:
         found = state.withdraw_alert(Alert(run_id, action, told))
         return _said(run_id, "withdrawn" if found.status == "withdrawn" else "known", found.outcome or "")
@@ -129,13 +138,15 @@ def _fire(
         day = date.fromisoformat(as_of) if as_of else today(state)
     except ValueError:
         return _said(run_id, "refused_as_of", f"the as-of date must look like 2013-06-01 (found {as_of!r})")
+    if day > (now := datetime.now(UTC).date()):
+        return _said(run_id, "refused_as_of", f"the as-of date {day} lies in the future (it is {now})")
     alert = Alert(run_id, action, {**told, "as_of": day.isoformat()})
 
     def against() -> str | None:
-        waiting = state.alerts("waiting")
-        if len(waiting) >= MOST_WAITING:
-            raise TryAgain(f"{len(waiting)} alerts wait for Airflow, at most {MOST_WAITING}. Send it again later.")
-        return _against(state, waiting, day) if action == "retrain" else None
+        inbox = state.inbox()
+        if inbox.waiting >= MOST_WAITING:
+            raise TryAgain(f"{inbox.waiting} alerts wait for Airflow, at most {MOST_WAITING}. Send it again later.")
+        return _against(state, inbox, day) if action == "retrain" else None
 
     found, new = state.take_alert(alert, against)
     if found.status == "held":
@@ -143,10 +154,10 @@ def _fire(
     return _said(run_id, "accepted" if new else "known", f"{action} as of {day}" if new else f"it is {found.status}")
 
 
-def _against(state: State, waiting: list[Alert], as_of: date) -> str | None:
+def _against(state: State, inbox: Inbox, as_of: date) -> str | None:
     """Why no retraining may be asked for now. The breaker is the run's own affair: its `admit` pauses."""
     pace = params.load(ROOT / "params.yaml", "policy", Pace)
-    ahead = [f"{alert.run_id} waits already" for alert in waiting if alert.action == "retrain"][:1]
+    ahead = [f"{inbox.retraining} waits already"] if inbox.retraining else []
     running = retraining.under_way(state)
     busy = [f"under way: {retraining.words(running)}"] if running and not ahead else []
     trained, budget = retraining.trained(state), pace.budget
@@ -160,3 +171,12 @@ def _said(run_id: str, outcome: str, words: str) -> dict[str, str]:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:32]
+
+
+def main() -> None:
+    """Print the published schema of what a generic sender posts."""
+    print(json.dumps(Trigger.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -10,32 +10,35 @@ import base64
 import binascii
 import hmac
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from pipelines import alerts, embedded
-from pipelines.dagruns import Airflow, Refused
+from pipelines.dagruns import Airflow, Faulty, Refused
 from pipelines.errors import BallastError, exit_with
 from pipelines.freeze import freeze
 from pipelines.state import Alert, State, frozen
 
 MOST_BYTES = 2 * 1024**2
+MOST_AT_ONCE = 100  # connections, beyond which uvicorn answers 503
 LEAST_TOKEN = 16
+USER = "ballast"  # of basic auth
 MOST_WAIT_S = 15.0
 LOOK_AGAIN_S = 5.0  # without being woken: what another process has left, or a clock that was set
+LEASE = timedelta(seconds=30)  # on an alert in hand. Should it end too early, Airflow's 409 stops the second post
 DAGS = {"retrain": "retrain_on_alert", "monitor": "monitor", "rollback": "rollback"}
 HOPELESS = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 Body = TypeVar("Body", bound=BaseModel)
@@ -49,7 +52,9 @@ class Counters:
         self.registry = CollectorRegistry()
         self.deliveries = self._counter("deliveries", "Requests by the status they were answered with.", "status")
         self.alerts = self._counter("alerts", "Alerts by what became of them on receipt.", "outcome")
-        self.started = self._counter("runs_started", "Runs that Airflow has taken, by action.", "action")
+        self.started = self._counter("runs_started", "Runs that Airflow has newly taken, by action.", "action")
+        self.known = self._counter("runs_known", "Alerts whose run Airflow had already, by action.", "action")
+        self.freezes = self._counter("freezes", "Alerts that ask for a freeze, by what came of it.", "outcome")
         self.failed = self._counter("runs_failed", "Alerts that Airflow has refused for good, by action.", "action")
         name, words = "ballast_bridge_queued_seconds", "Seconds from an alert's receipt to its run being queued."
         buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 3600)
@@ -69,78 +74,108 @@ class Counters:
 
 
 class Courier(threading.Thread):
-    """Brings what waits in the inbox to Airflow. One thread: no alert is ever posted twice at the same time."""
+    """Brings what waits in the inbox to Airflow, one alert after the other; each is claimed first, as others may do."""
 
     def __init__(self, state: State, connect: Callable[[], Airflow], counters: Counters) -> None:
         super().__init__(name="courier", daemon=True)
         self._state, self._connect, self._counters = state, connect, counters
         self._airflow: Airflow | None = None
-        self._ended = False
+        self._away = 0  # how often in a row Airflow was
+        self._ended = threading.Event()
         self.woken = threading.Event()
 
     def run(self) -> None:
         """Work until ``end``."""
-        while not self._ended:
+        while not self._ended.is_set():
             self.woken.clear()
             pause = LOOK_AGAIN_S
             try:
                 pause = self._round()
             except Exception:  # it must outlive everything: alerts wait for it
                 log.exception("A round of deliveries broke off; the next one tries again")
-            self.woken.wait(pause)
+            (self._ended if self._away else self.woken).wait(pause)  # a new alert brings no Airflow back
 
     def end(self) -> None:
         """End after the delivery in hand."""
-        self._ended = True
+        self._ended.set()
         self.woken.set()
 
     def _round(self) -> float:
-        """Deliver all that is due; return the seconds until something else is."""
-        for alert in self._state.alerts("waiting"):
-            if not self._ended and (alert.next_at or "") <= _now():
-                self._deliver(alert)
-        later = [_seconds_since(alert.next_at) for alert in self._state.alerts("waiting") if alert.next_at]
-        return min([LOOK_AGAIN_S, *(max(0.05, -seconds) for seconds in later)])
+        """Deliver all that is due; if Airflow is away it is so for all. Return the seconds until the next round."""
+        while not self._ended.is_set() and (alert := self._state.claim_alert(LEASE)):
+            self._deliver(alert)
+            if self._away:
+                return _patience(self._away - 1)
+        next_at = self._state.inbox().next_at
+        return min(LOOK_AGAIN_S, max(0.05, -_seconds_since(next_at))) if next_at else LOOK_AGAIN_S
 
     def _deliver(self, alert: Alert) -> None:
+        is_run = alert.action != "freeze"
         try:
-            status, words = self._freeze(alert) if alert.action == "freeze" else self._post(alert)
-        except Refused as refusal:
-            if refusal.status in HOPELESS:
-                log.error("%s is given up: %s", alert.run_id, refusal)
-                self._state.settle_alert(alert, "failed", str(refusal))
-                self._counters.failed.labels(alert.action).inc()
-                return
-            self._postpone(alert, refusal)
+            made, words = self._post(alert) if is_run else self._freeze(alert)
         except Exception as error:  # Airflow away, or an answer that is none: the same to who waits
-            self._counters.reachable.set(0)
-            self._postpone(alert, error)
-        else:
-            self._state.settle_alert(alert, status, words)
+            if is_run:
+                self._note(error)
+            if _is_hopeless(error):
+                log.error("%s is given up: %s", alert.run_id, error)
+                self._state.settle_alert(alert, "failed", str(error))
+                self._counters.failed.labels(alert.action).inc()
+            else:
+                self._postpone(alert, error)
+            return
+        self._state.settle_alert(alert, "started" if is_run else "done", words)
+        if not is_run:
+            self._counters.freezes.labels("made" if made else "known").inc()
+        elif made:
             self._counters.started.labels(alert.action).inc()
             self._counters.seconds.observe(_seconds_since(alert.received_at))
+        else:
+            self._counters.known.labels(alert.action).inc()
 
-    def _post(self, alert: Alert) -> tuple[str, str]:
+    def _post(self, alert: Alert) -> tuple[bool, str]:
+        """Whether Airflow has made the run now, or had it already, and that in words."""
         self._airflow = self._airflow or self._connect()
         told = alert.payload
         conf = {"reason": told["reason"], "alert": {**told, "id": alert.run_id, "received_at": alert.received_at}}
         if alert.action != "rollback":
             conf["as_of"] = told["as_of"]
         dag = DAGS[alert.action]
-        made = self._airflow.queue(dag, alert.run_id, conf)
-        self._counters.reachable.set(1)
-        return "started", f"{dag}/{alert.run_id} {'was queued' if made else 'was there already'}"
+        made = self._airflow.queue(dag, alert.run_id, conf) is not None
+        self._note(None)
+        return made, f"{dag}/{alert.run_id} {'was queued' if made else 'was there already'}"
 
-    def _freeze(self, alert: Alert) -> tuple[str, str]:
+    def _freeze(self, alert: Alert) -> tuple[bool, str]:
         if frozen(self._state.ledger()):
-            return "done", "promotion was frozen already"
-        return "done", str(freeze(self._state, alert.payload["reason"], f"alert/{alert.run_id}")["summary"])
+            return False, "promotion was frozen already"
+        return True, str(freeze(self._state, alert.payload["reason"], f"alert/{alert.run_id}")["summary"])
+
+    def _note(self, error: Exception | None) -> None:
+        """Whether Airflow answers at all, and whether it is of use to go on asking: one DAG or run may be at fault."""
+        answered = error is None or isinstance(error, Refused) or _status(error) == HTTPStatus.INTERNAL_SERVER_ERROR
+        self._counters.reachable.set(answered)
+        of_one = error is None or _status(error) in (*HOPELESS, HTTPStatus.NOT_FOUND, HTTPStatus.INTERNAL_SERVER_ERROR)
+        self._away = 0 if of_one else self._away + 1
+        if not of_one:
+            self._airflow = None  # its address or password may have changed: read them anew
 
     def _postpone(self, alert: Alert, error: Exception) -> None:
-        self._airflow = None  # its address or password may have changed: read them anew
-        wait = min(MOST_WAIT_S, 0.25 * 2 ** min(alert.tries, 10))
-        log.warning("%s is tried again in %.1f s: %s", alert.run_id, wait, error)
+        wait = _patience(alert.tries if not self._away else self._away - 1)
+        log.warning("%s is tried again in %.2f s: %s", alert.run_id, wait, error)
         self._state.postpone_alert(alert, timedelta(seconds=wait), f"try {alert.tries + 1}: {error}"[:1000])
+
+
+def _patience(tries: int) -> float:
+    """Seconds until the next try."""
+    return min(MOST_WAIT_S, 0.25 * 2.0 ** min(tries, 10))
+
+
+def _is_hopeless(error: Exception) -> bool:
+    """Whether Airflow will never take this alert. (A DAG file that does not import is a 400 too, and can be mended.)"""
+    return isinstance(error, Refused) and error.status in HOPELESS and "import errors" not in str(error)
+
+
+def _status(error: Exception) -> int | None:
+    return error.status if isinstance(error, Refused | Faulty) else None
 
 
 def make_app(
@@ -149,7 +184,7 @@ def make_app(
     """The bridge as an ASGI app; its courier lives as long as it does."""
     if len(token) < LEAST_TOKEN:
         raise BallastError(f"The bridge's token must have at least {LEAST_TOKEN} characters (found {len(token)}).")
-    state, counters = state or State(), Counters()
+    state, counters, turn = state or State(pooled=True), Counters(), CapacityLimiter(1)
     courier = Courier(state, connect, counters)
 
     @asynccontextmanager
@@ -161,7 +196,14 @@ def make_app(
     app = FastAPI(title="Ballast's alert bridge", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     async def answer(request: Request, model: type[Body], take: Callable[[Body], list[dict[str, str]]]) -> Response:
-        response = await _answer(request, token, model, take)
+        async def one_by_one(asked: Body) -> list[dict[str, str]]:
+            return await to_thread.run_sync(take, asked, limiter=turn)
+
+        try:
+            response = await _answer(request, token, model, one_by_one)
+        except Exception as error:  # whatever it is: the sender keeps it and comes again
+            log.warning("A delivery is asked to come again: %s", error, exc_info=not isinstance(error, BallastError))
+            response = _refused(503, "It cannot be kept just now. Send it again.", {"Retry-After": "15"})
         counters.deliveries.labels(str(response.status_code)).inc()
         return response
 
@@ -179,17 +221,27 @@ def make_app(
     async def trigger(request: Request) -> Response:
         return await answer(request, alerts.Trigger, lambda asked: count([alerts.take_trigger(state, asked, actions)]))
 
-    @app.get("/healthz")
-    def healthz() -> dict[str, str]:
-        return {"status": "ok" if courier.is_alive() else "the courier has ended"}
+    @app.get("/healthz", responses={503: {"description": "It takes alerts and delivers none: start it anew"}})
+    def healthz() -> Response:
+        alive = courier.is_alive()
+        return JSONResponse({"status": "ok" if alive else "the courier has ended"}, 200 if alive else 503)
 
     @app.get("/metrics")
     def metrics() -> Response:
-        waiting = state.alerts("waiting")
-        counters.waiting.set(len(waiting))
-        counters.oldest.set(_seconds_since(waiting[0].received_at) if waiting else 0)
+        try:
+            inbox = state.inbox()
+            counters.waiting.set(inbox.waiting)
+            counters.oldest.set(_seconds_since(inbox.oldest) if inbox.oldest else 0)
+        except Exception as error:  # the other numbers are as true without the store
+            log.warning("The inbox cannot be counted: %s", error)
+            counters.waiting.set(math.nan)
+            counters.oldest.set(math.nan)
         return Response(generate_latest(counters.registry), media_type=CONTENT_TYPE_LATEST)
 
+    app.openapi().setdefault("components", {})["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "basic": {"type": "http", "scheme": "basic", "description": f"The user is {USER}, the token its password."},
+    }
     return app
 
 
@@ -207,12 +259,12 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 async def _answer(
-    request: Request, token: str, model: type[Body], take: Callable[[Body], list[dict[str, str]]]
+    request: Request, token: str, model: type[Body], take: Callable[[Body], Awaitable[list[dict[str, str]]]]
 ) -> Response:
     """Who asks is checked before what is asked is read."""
     if not _is_known(request.headers.get("authorization", ""), token):
         challenge = {"WWW-Authenticate": 'Bearer realm="ballast", Basic realm="ballast"'}
-        return _refused(401, "A bearer token, or basic auth with it as password, is needed.", challenge)
+        return _refused(401, f"A bearer token, or basic auth of {USER} with it as password, is needed.", challenge)
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         return _refused(415, "The content type must be application/json.")
     body = bytearray()
@@ -226,12 +278,7 @@ async def _answer(
         found = error.errors(include_input=False, include_url=False, include_context=False)[:10]
         faults = [{"where": ".".join(map(str, one["loc"]))[:200], "what": one["msg"][:300]} for one in found]
         return _refused(422, "The body is not what docs/alerts.md says.", faults=faults)
-    try:
-        taken = await run_in_threadpool(take, asked)
-    except BallastError as error:
-        log.warning("A delivery is asked to come again: %s", error)
-        return _refused(503, "It cannot be kept just now. Send it again.", {"Retry-After": "15"})
-    return JSONResponse({"alerts": taken}, status_code=202)
+    return JSONResponse({"alerts": await take(asked)}, status_code=202)
 
 
 def _refused(status: int, words: str, headers: dict[str, str] | None = None, **more: Any) -> Response:
@@ -240,14 +287,15 @@ def _refused(status: int, words: str, headers: dict[str, str] | None = None, **m
 
 def _is_known(authorization: str, token: str) -> bool:
     scheme, _, said = authorization.partition(" ")
+    found, needed = said.strip().encode(), token.encode()
     if scheme.lower() == "basic":
         try:
-            _, _, said = base64.b64decode(said, validate=True).decode().partition(":")
-        except (binascii.Error, ValueError):
+            found, needed = base64.b64decode(found, validate=True), f"{USER}:{token}".encode()
+        except binascii.Error:
             return False
     elif scheme.lower() != "bearer":
         return False
-    return hmac.compare_digest(said.strip().encode(), token.encode())
+    return hmac.compare_digest(found, needed)
 
 
 def _documented(model: type[BaseModel]) -> dict[str, Any]:
@@ -256,7 +304,8 @@ def _documented(model: type[BaseModel]) -> dict[str, Any]:
     inner = schema.pop("$defs", {})
     if inner:  # only Firing, in Delivery: written out in its place
         schema["properties"]["alerts"]["items"] = inner["Firing"]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"requestBody": body, "security": [{"bearer": []}, {"basic": []}]}
 
 
 def _token() -> str:
@@ -278,23 +327,6 @@ def _actions() -> frozenset[str]:
     return frozenset(named)
 
 
-def _connect() -> Airflow:
-    """The Airflow that the environment names, else the embedded one."""
-    url = os.environ.get("BALLAST_AIRFLOW_URL")
-    if not url:
-        return embedded.airflow()
-    file = Path(os.environ.get("BALLAST_AIRFLOW_PASSWORD_FILE") or "")
-    try:
-        password = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise BallastError(f"BALLAST_AIRFLOW_PASSWORD_FILE cannot be read ({file}: {error.strerror}).") from None
-    return Airflow(url, os.environ.get("BALLAST_AIRFLOW_USER") or embedded.USER, password)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
 def _seconds_since(at: str) -> float:
     return time.time() - datetime.fromisoformat(at).timestamp()
 
@@ -304,7 +336,7 @@ def main() -> None:
     import uvicorn
 
     env = os.environ
-    app = make_app(_token(), _actions(), _connect)
+    app = make_app(_token(), _actions(), embedded.connect)
     uvicorn.run(
         app,
         host=env.get("BALLAST_BRIDGE_HOST") or "127.0.0.1",
@@ -312,6 +344,7 @@ def main() -> None:
         ssl_certfile=env.get("BALLAST_BRIDGE_TLS_CERT") or None,
         ssl_keyfile=env.get("BALLAST_BRIDGE_TLS_KEY") or None,
         log_level="warning",
+        limit_concurrency=MOST_AT_ONCE,
         ws="none",
     )
 

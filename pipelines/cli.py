@@ -49,6 +49,7 @@ def status(
     from pipelines.state import State, frozen, quarantined
 
     state = State()
+    inbox = state.inbox()
     registry = _registry(state, repair)
     ledger, problems = state.ledger(), state.verify()
     found = {
@@ -61,6 +62,7 @@ def status(
         "decisions": [_public(decision) for decision in state.decisions()[-LAST_DECISIONS:][::-1]],
         "ledger": {"entries": len(ledger), "problems": problems},
         "registry": registry,
+        "alerts": {"waiting": inbox.waiting, "oldest": inbox.oldest, "failed": inbox.failed},
         "clock": str(state.clock() or "wall"),
         "services": (services := {name: _is_up(port) for name, port in _ports().items()}),
         "runs": _last_runs() if services["airflow"] else {},
@@ -178,6 +180,8 @@ def _show_status(found: dict[str, Any], breaker: str) -> None:
     for problem in problems:
         _line(out, "", f"[red]{_plain(problem)}[/red]")
     _line(out, "registry", _registry_words(registry))
+    if said := _inbox_words(found["alerts"]):
+        _line(out, "alerts", f"[yellow]{said}[/yellow]: ballast alerts")
     if found["clock"] != "wall":
         _line(out, "clock", f"{found['clock']} (the example's)")
     for number, (dag, run) in enumerate(found["runs"].items()):
@@ -189,6 +193,13 @@ def _show_status(found: dict[str, Any], breaker: str) -> None:
         for name, is_up in found["services"].items()
     ]
     _line(out, "services", " · ".join(up))
+
+
+def _inbox_words(alerts: dict[str, Any]) -> str:
+    """The alerts that a person may have to see to."""
+    waiting, failed = alerts["waiting"], alerts["failed"]
+    waits = f"{waiting} wait{'s' * (waiting == 1)} for Airflow, since {_when(alerts['oldest'])}" if waiting else ""
+    return " · ".join(filter(None, [waits, f"{failed} failed for good" if failed else ""]))
 
 
 def _show_freeze(out: Console, frozen: dict[str, Any] | None) -> None:
@@ -211,6 +222,33 @@ def _registry_words(registry: dict[str, Any]) -> str:
     if registry["odds"]:
         return f"[bold red]moved by hand[/bold red]: {registry['odds']}. Put it right: ballast status --repair"
     return "agrees with the ledger" + (" (a promotion that was cut off is completed)" if registry["completed"] else "")
+
+
+# --- alerts
+
+
+@app.command(epilog="Example: ballast alerts --last 100 --json | jq '.alerts[] | select(.status == \"failed\")'")
+def alerts(
+    last: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """What the alert bridge was asked for and what came of it, the newest first."""
+    from dataclasses import asdict
+
+    from pipelines.state import State
+
+    found = State().alerts(last=last)
+    if as_json:
+        _print_json({"alerts": [asdict(alert) for alert in found]})
+        return
+    out = _console()
+    if not found:
+        out.print("The inbox is empty: no alert has come.")
+    for alert in found:
+        style = {"failed": "bold red", "waiting": "yellow"}.get(alert.status, "default")
+        status = f"[{style}]{alert.status:<9}[/{style}]"
+        words = " ".join(f"{alert.payload['reason']} · {alert.outcome or 'accepted'}".split())
+        out.print(f"{_when(alert.received_at)}  {alert.action:<8}  {status}  {_plain(alert.run_id)}  {_plain(words)}")
 
 
 # --- history
@@ -305,6 +343,10 @@ def _show_version(found: dict[str, Any]) -> None:
     started = found["started_by"]
     said = " · ".join(str(started[key]) for key in ("kind", "reason", "actor") if started.get(key))
     _line(out, "started by", _plain(said))
+    if alert := found["alert"]:
+        from pipelines.record import alert_words
+
+        _line(out, "alert", _plain(alert_words(alert)))
     tests = {key[5:]: value for key, value in found["metrics"].items() if key.startswith("test_")}
     _line(out, "test", " · ".join(f"{key.replace('_', ' ')} {value:,.4g}" for key, value in sorted(tests.items())))
     _line(out, "parameters", _plain(", ".join(f"{key} {value}" for key, value in sorted(found["params"].items()))))

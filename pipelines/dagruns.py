@@ -32,6 +32,10 @@ class Refused(BallastError):
 class Faulty(TryAgain):
     """Airflow answered with an error of its own (5xx)."""
 
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 @dataclass(frozen=True)
 class Run:
@@ -241,7 +245,10 @@ class Airflow:
 
     def _log_in(self) -> str:
         if self._token is None:
-            self._token = str(self._send("POST", "/auth/token", self._login, {})["access_token"])
+            try:
+                self._token = str(self._send("POST", "/auth/token", self._login, {})["access_token"])
+            except Refused as refusal:  # however it says so: it knows us not, and has not judged what we came with
+                raise Refused(str(refusal), HTTPStatus.UNAUTHORIZED) from None
         return self._token
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None, headers: dict[str, str]) -> dict[str, Any]:
@@ -254,7 +261,7 @@ class Airflow:
         except HTTPError as error:
             words = f"{method} {path}: {error.code} {_detail(error)}"
             if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise Faulty(f"Airflow failed to answer {words}") from None
+                raise Faulty(f"Airflow failed to answer {words}", error.code) from None
             raise Refused(f"Airflow refused {words}", error.code) from None
         except (URLError, OSError) as error:
             reason = getattr(error, "reason", error)

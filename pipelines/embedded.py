@@ -80,6 +80,22 @@ def airflow(patience_s: float = 0.0) -> Airflow:
     return Airflow(airflow_url(), USER, password, patience_s)
 
 
+def connect() -> Airflow:
+    """The Airflow of ``BALLAST_AIRFLOW_URL``, ``_USER`` and ``_PASSWORD_FILE``, else the embedded one."""
+    if not (url := os.environ.get("BALLAST_AIRFLOW_URL")):
+        return airflow()
+    user, file = os.environ.get("BALLAST_AIRFLOW_USER"), os.environ.get("BALLAST_AIRFLOW_PASSWORD_FILE")
+    if not user or not file:
+        raise BallastError(
+            f"BALLAST_AIRFLOW_URL is {url}, and BALLAST_AIRFLOW_USER or BALLAST_AIRFLOW_PASSWORD_FILE is not set. "
+            "Set both, or none of the three for the embedded Airflow."
+        )
+    try:
+        return Airflow(url, user, Path(file).read_text(encoding="utf-8").strip())
+    except OSError as error:
+        raise TryAgain(f"BALLAST_AIRFLOW_PASSWORD_FILE cannot be read: {error}.") from None
+
+
 def environment() -> dict[str, str]:
     """The whole environment of the embedded services and of the tasks that they run."""
     inherited = {name: value for name, value in os.environ.items() if not FOREIGN.fullmatch(name)}

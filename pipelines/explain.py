@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipelines import approval, freeze, lineage, record, registry, tracking
+from pipelines import approval, freeze, lineage, provenance, record, registry, tracking
 from pipelines.errors import BallastError
 from pipelines.registry import Version
 from pipelines.state import Entry, State, frozen, moves, quarantined
@@ -17,6 +17,7 @@ def explain(number: int, state: State) -> dict[str, Any]:
     version = registry.version(number)
     run, tags, ledger = tracking.run_data(version.run_id), version.tags, state.ledger()
     kept = lineage.records(version, lineage.MANIFEST, lineage.VERDICT)
+    trigger = json.loads(tags.get("ballast.trigger", "{}"))
     return {
         "model": registry.name(),
         "version": number,
@@ -38,7 +39,8 @@ def explain(number: int, state: State) -> dict[str, Any]:
         "environment": _environment(version, kept),
         "missing": dict(kept.missing),
         "code": {"commit": tags.get("ballast.commit")},
-        "started_by": {"actor": tags.get("ballast.actor"), **json.loads(tags.get("ballast.trigger", "{}"))},
+        "started_by": {"actor": tags.get("ballast.actor"), **trigger},
+        "alert": provenance.alert(trigger),
         "params": dict(run.params),
         "metrics": dict(run.metrics),
         "run_id": version.run_id,

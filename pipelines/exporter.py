@@ -25,8 +25,7 @@ from prometheus_client.core import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 
 from pipelines import breaker, embedded, facts, params, places
-from pipelines.dagruns import Airflow
-from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
+from pipelines.errors import BallastError, ParamsError, exit_with
 from pipelines.facts import gauge, gauges
 from pipelines.files import read_json
 from pipelines.policy import PolicyParams
@@ -199,22 +198,6 @@ def landing() -> Sequence[Metric]:
     ]
 
 
-def airflow() -> Airflow:
-    """The Airflow of ``BALLAST_AIRFLOW_URL``, ``_USER`` and ``_PASSWORD_FILE``, else the embedded one."""
-    if not (url := os.environ.get("BALLAST_AIRFLOW_URL")):
-        return embedded.airflow()
-    user, file = os.environ.get("BALLAST_AIRFLOW_USER"), os.environ.get("BALLAST_AIRFLOW_PASSWORD_FILE")
-    if not user or not file:
-        raise BallastError(
-            f"BALLAST_AIRFLOW_URL is {url}, and BALLAST_AIRFLOW_USER or BALLAST_AIRFLOW_PASSWORD_FILE is not set. "
-            "Set both, or none of the three for the embedded Airflow."
-        )
-    try:
-        return Airflow(url, user, Path(file).read_text(encoding="utf-8").strip())
-    except OSError as error:
-        raise TryAgain(f"BALLAST_AIRFLOW_PASSWORD_FILE cannot be read: {error}.") from None
-
-
 class AirflowSource(Source):
     """Airflow's REST API. Whoever it is, and its password, are looked up again after a failure."""
 
@@ -223,7 +206,7 @@ class AirflowSource(Source):
         self._watch: Watch | None = None
 
     def _facts(self) -> Sequence[Metric]:
-        self._watch, watch = None, self._watch or Watch(airflow())
+        self._watch, watch = None, self._watch or Watch(embedded.connect())
         found = watch.look()
         self._watch = watch
         return found

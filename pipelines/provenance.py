@@ -6,6 +6,7 @@ import getpass
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,27 @@ def trigger() -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BallastError(f'BALLAST_TRIGGER must be JSON such as {{"kind": "person"}} (found {text[:80]!r}).')
     return found
+
+
+def alert(trigger: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a person wants to know of the alert that a run's conf holds; None if it holds none."""
+    told = (trigger.get("conf") or {}).get("alert")
+    if not isinstance(told, dict):
+        return None
+    words, labels = (told[name] if isinstance(told.get(name), dict) else {} for name in ("annotations", "labels"))
+    texts = {
+        "name": labels.get("alertname") or told.get("source"),
+        "fingerprint": told.get("fingerprint") or told.get("key"),
+        "started_at": told.get("startsAt"),
+        "summary": words.get("summary") or told.get("reason"),
+    }
+    named = {str(name): _line(value) for name, value in labels.items()}
+    return {**{name: _line(value) if value else None for name, value in texts.items()}, "labels": named}
+
+
+def _line(text: Any) -> str:
+    """Text from outside on one line."""
+    return " ".join(str(text).split())
 
 
 def commit() -> str:

@@ -69,6 +69,16 @@ class Rows(_Part):
     )
 
 
+class Alert(_Part):
+    """The alert that started the retraining."""
+
+    name: str | None = Field(description="Its label alertname; the source of what came by /trigger.")
+    fingerprint: str | None = Field(description="Alertmanager's; the key of what came by /trigger.")
+    started_at: str | None = Field(description="Since when it fires; None of what came by /trigger.")
+    summary: str | None
+    labels: dict[str, str]
+
+
 class Record(_Part):
     """One decision of the gate: all that is needed to judge it, and to see whether it still holds."""
 
@@ -90,6 +100,7 @@ class Record(_Part):
     commit: str | None = Field(description="Of the code that trained the challenger.")
     lock: str = Field(description="The SHA-256 of its dvc.lock: every hash of data, settings and code.")
     trigger: dict[str, Any] = Field(description="Who or what asked: its kind, its reason, and what came with it.")
+    alert: Alert | None = Field(default=None, description="None if no alert asked.")
     actor: str = Field(description="The DAG run, as `dag/run`, or the user.")
     params: dict[str, Any] = Field(description="The section `decide` of params.yaml.")
     decided_at: str
@@ -250,8 +261,10 @@ def _rows(facts: Mapping[str, Any]) -> str:
 
 def _origin(facts: Mapping[str, Any]) -> str:
     settings = {name: value for name, value in facts["params"].items() if name != "rules"}
+    alert = facts.get("alert")
     lines = {
-        "asked by": _asked(facts["trigger"]),
+        "asked by": _asked(facts["trigger"], apart="alert" if alert else None),
+        **({"alert": alert_words(alert)} if alert else {}),
         "decided": f"{facts['decided_at']} by {facts['actor']}",
         "challenger": f"v{facts['version']}, model `{facts['digest']}`",
         "champion": f"v{facts['champion']['version']}, model `{facts['champion']['digest']}`"
@@ -265,8 +278,19 @@ def _origin(facts: Mapping[str, Any]) -> str:
     return "## Where it comes from\n\n" + _listed(f"{name}: {value}" for name, value in lines.items())
 
 
-def _asked(trigger: Mapping[str, Any]) -> str:
-    """The kind and the reason first; then what came with it, such as an alert's fingerprint."""
+def alert_words(alert: Mapping[str, Any]) -> str:
+    """An alert in one line; its labels last."""
+    since = f"since {alert['started_at']}" if alert["started_at"] else None
+    labels = ", ".join(f"{name}={value}" for name, value in sorted(alert["labels"].items()))
+    mark = f"fingerprint {alert['fingerprint']}" if alert["fingerprint"] else None
+    parts = (alert["name"], since, alert["summary"], mark, labels)
+    return " · ".join(part for part in parts if part)
+
+
+def _asked(trigger: Mapping[str, Any], apart: str | None) -> str:
+    """The kind and the reason first; then what came with it, but for what is said ``apart``."""
+    if apart:
+        trigger = {**trigger, "conf": {name: value for name, value in trigger["conf"].items() if name != apart}}
     first = [str(trigger[name]) for name in ("kind", "reason") if trigger.get(name)]
     rest = [f"{name} {_plain(value)}" for name, value in trigger.items() if name not in ("kind", "reason") and value]
     return " · ".join([*first, *rest])

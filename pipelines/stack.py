@@ -382,7 +382,9 @@ def _busy() -> Iterator[Any]:
 
 def _say_up(began: float) -> None:
     ports = f"Airflow :{airflow_port()}   MLflow :{mlflow_port()}"
+    more = f"alerts :{bridge_port()}   metrics :{exporter_port()}"
     print(f"  {'services':<13} {ports:<43} {time.monotonic() - began:>3.0f} s", flush=True)
+    print(f"  {'':<13} {more}", flush=True)
 
 
 def main() -> None:

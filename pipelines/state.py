@@ -17,20 +17,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, get_args
 
 from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Index,
     Integer,
     MetaData,
     String,
     Table,
     Text,
+    case,
     create_engine,
     delete,
     event,
+    func,
     insert,
     inspect,
     make_url,
@@ -39,7 +43,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import CreateIndex, CreateTable
 
 from pipelines import places
 from pipelines.errors import BallastError, Conflict, Held, TryAgain, exit_with
@@ -49,6 +53,8 @@ SCHEMA = 5
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 ALERTS_KEPT = timedelta(days=90)  # once settled; Airflow's own 409 still stops a later repetition
+MOST_ALERTS_KEPT = 10_000  # once settled, the newest: whoever knows the token cannot fill the store
+ON_ITS_WAY = "on its way"  # the outcome of an alert while a bridge has claimed it
 
 Move = Literal["promote", "rollback", "force"]  # what makes a version champion
 Word = Literal["ask", "approve", "reject", "supersede"]  # what is said of a decision that waits for a person
@@ -120,6 +126,7 @@ _alerts = Table(
     Column("next_at", Text),
     Column("settled_at", Text),
     Column("outcome", Text),
+    Index("alerts_by_age", "received_at", "status"),
 )
 _settings = Table("settings", metadata, Column("name", String(64), primary_key=True), Column("value", Text))
 
@@ -203,7 +210,7 @@ class Alert:
     status: str = "waiting"  # waiting, started, done (no run was needed), held, withdrawn or failed
     received_at: str = field(default_factory=lambda: _now())
     tries: int = 0
-    next_at: str | None = None  # when delivery is tried again; None: at once
+    next_at: str | None = None  # when delivery is tried (again), or a claim on it ends; None: at once
     settled_at: str | None = None
     outcome: str | None = None  # in words
 
@@ -213,11 +220,26 @@ class Alert:
         return f"retrain_on_alert/{self.run_id}" if self.action == "retrain" else None
 
 
-class State:
-    """The state store at ``uri``, made on first use, an older one brought forward. BallastError at a newer one."""
+@dataclass(frozen=True)
+class Inbox:
+    """The inbox of the alert bridge, counted."""
 
-    def __init__(self, uri: str | None = None) -> None:
-        self._engine = _engine(uri or places.state_uri())
+    waiting: int
+    oldest: str | None  # when the one that has waited longest was received
+    next_at: str | None  # when the next of those that are not due yet is tried
+    retraining: str | None  # one that waits and asks for a retraining
+    failed: int  # given up, and not forgotten yet
+
+
+class State:
+    """The state store at ``uri``, made on first use, an older one brought forward. BallastError at a newer one.
+
+    ``pooled`` keeps connections for the next transaction: for a process that lives long, has many, and never forks.
+    """
+
+    def __init__(self, uri: str | None = None, *, pooled: bool = False) -> None:
+        self._engine = _engine(uri or places.state_uri(), pooled)
+        self._turn = Lock()
         self._make_sure()
 
     def ledger(self) -> list[Entry]:
@@ -391,14 +413,15 @@ class State:
             known = _known(connection, alert.run_id)
             if known and known.status != "held":
                 return known, False
-            reason = against()
-            taken = replace(alert, status="held" if reason else "waiting", outcome=reason)
-            _put(connection, replace(taken, received_at=known.received_at) if known else taken)
-            if taken.asks and not reason:
-                _ask(connection, taken.asks, date.fromisoformat(taken.payload["as_of"]), "alert")
-            old = (datetime.now(UTC) - ALERTS_KEPT).isoformat(timespec="milliseconds")
-            connection.execute(delete(_alerts).where(_alerts.c.status != "waiting", _alerts.c.received_at < old))
-            return taken, known is None or not reason
+            if reason := against():
+                since = known.received_at if known else alert.received_at
+                held = replace(alert, status="held", outcome=reason, received_at=since)
+                _put(connection, held)
+                return held, known is None
+            _put(connection, alert)
+            if alert.asks:
+                _ask(connection, alert.asks, date.fromisoformat(alert.payload["as_of"]), "alert")
+            return alert, True
 
     def withdraw_alert(self, alert: Alert) -> Alert:
         """Take back one that is resolved, unless it has started; one that has not come yet will start nothing."""
@@ -407,36 +430,67 @@ class State:
             if known and known.status not in ("waiting", "held"):
                 return known
             words = "resolved before it started anything" if known else "resolved before its firing came"
-            gone = replace(known or alert, status="withdrawn", settled_at=_now(), outcome=words)
+            if known and known.outcome == ON_ITS_WAY:
+                words = "resolved while it was on its way: it may still start"
+            gone = replace(known or alert, status="withdrawn", settled_at=_now(), next_at=None, outcome=words)
             _put(connection, gone)
             _close(connection, gone)
             return gone
 
+    def claim_alert(self, lease: timedelta) -> Alert | None:
+        """The alert that is due and came first, for whoever calls alone until the lease ends; None if none is due."""
+        now = datetime.now(UTC)
+        due = _alerts.c.next_at.is_(None) | (_alerts.c.next_at <= _stamp(now))
+        first = select(_alerts.c.run_id).where(_alerts.c.status == "waiting", due).limit(1)
+        first = first.order_by(_alerts.c.received_at, _alerts.c.run_id)
+        mine = update(_alerts).where(_alerts.c.run_id == first.scalar_subquery())
+        mine = mine.values(next_at=_stamp(now + lease), outcome=ON_ITS_WAY)
+        with self._alone() as connection:
+            row = connection.execute(mine.returning(*_alerts.c)).mappings().first()
+            return _alert(dict(row)) if row else None
+
     def settle_alert(self, alert: Alert, status: str, outcome: str) -> None:
         """Note what came of an alert: ``started`` or ``done``; ``failed`` closes the retraining that it asked for."""
         with self._alone() as connection:
+            known = _known(connection, alert.run_id)
             _put(connection, replace(alert, status=status, outcome=outcome, settled_at=_now(), next_at=None))
             if status == "failed":
                 _close(connection, alert)
+            elif alert.asks and known and known.status == "withdrawn":  # too late: it was on its way
+                _ask(connection, alert.asks, date.fromisoformat(alert.payload["as_of"]), "alert")
 
     def postpone_alert(self, alert: Alert, wait: timedelta, why: str) -> None:
         """Try an alert again later, unless it has been withdrawn meanwhile."""
         mine = (_alerts.c.run_id == alert.run_id) & (_alerts.c.status == "waiting")
-        at = (datetime.now(UTC) + wait).isoformat(timespec="milliseconds")
-        with self._begin() as connection:
-            connection.execute(update(_alerts).where(mine).values(tries=alert.tries + 1, next_at=at, outcome=why))
+        again = {"tries": alert.tries + 1, "next_at": _stamp(datetime.now(UTC) + wait), "outcome": why}
+        with self._alone() as connection:
+            connection.execute(update(_alerts).where(mine).values(**again))
 
-    def alerts(self, *status: str) -> list[Alert]:
-        """The inbox, the oldest first; only those of a ``status``, if any is named."""
-        query = select(_alerts).order_by(_alerts.c.received_at, _alerts.c.run_id)
+    def alerts(self, *status: str, last: int | None = None) -> list[Alert]:
+        """The inbox, the oldest first, or its ``last``, newest first; only those of a ``status``, if any is named."""
+        order = (_alerts.c.received_at, _alerts.c.run_id)
+        query = select(_alerts).order_by(*(column.desc() if last else column for column in order)).limit(last)
         with self._begin() as connection:
             found = connection.execute(query.where(_alerts.c.status.in_(status)) if status else query).mappings()
             return [_alert(dict(row)) for row in found]
 
+    def inbox(self) -> Inbox:
+        """How many alerts wait, and since when; no payload is read for it."""
+        waits = _alerts.c.status == "waiting"
+        retrains = case((_alerts.c.action == "retrain", _alerts.c.run_id))
+        columns = (_alerts.c.received_at, _alerts.c.next_at, retrains)
+        counted = select(func.count(), *map(func.min, columns)).where(waits)
+        failed = select(func.count()).where(_alerts.c.status == "failed").scalar_subquery()
+        with self._begin() as connection:
+            return Inbox(*connection.execute(counted.add_columns(failed)).one())
+
     @contextmanager
     def _alone(self) -> Iterator[Connection]:
-        """A transaction that keeps other ones of its kind out from its first read on."""
-        with self._begin() as connection:
+        """A transaction that keeps other ones of its kind out from its first read on.
+
+        Threads of one process take turns: SQLite would let them sleep, and the unlucky one for seconds.
+        """
+        with self._turn, self._begin() as connection:
             connection.exec_driver_sql(_EXCLUSIVELY[self._engine.dialect.name])
             yield connection
 
@@ -497,6 +551,8 @@ class State:
         with self._begin() as connection:
             for table in metadata.sorted_tables:
                 connection.execute(CreateTable(table, if_not_exists=True))
+            for index in _alerts.indexes:
+                connection.execute(CreateIndex(index, if_not_exists=True))
         try:
             with self._begin() as connection:
                 connection.execute(insert(_schema), {"version": SCHEMA})
@@ -589,7 +645,13 @@ def _known(connection: Connection, run_id: str) -> Alert | None:
 
 
 def _put(connection: Connection, alert: Alert) -> None:
-    connection.execute(delete(_alerts).where(_alerts.c.run_id == alert.run_id))
+    """Write an alert; one that is new makes room for itself among those that are settled."""
+    mine = delete(_alerts).where(_alerts.c.run_id == alert.run_id)
+    if not connection.execute(mine).rowcount:
+        settled, age = _alerts.c.status != "waiting", _alerts.c.received_at
+        too_many = select(age).where(settled).order_by(age.desc()).offset(MOST_ALERTS_KEPT - 1).limit(1)
+        old = (age < _stamp(datetime.now(UTC) - ALERTS_KEPT)) | (age <= too_many.scalar_subquery())
+        connection.execute(delete(_alerts).where(settled, old))
     connection.execute(insert(_alerts), {**asdict(alert), "payload": canonical_json(alert.payload)})
 
 
@@ -636,6 +698,8 @@ def _to_4(connection: Connection) -> None:
 def _to_5(connection: Connection) -> None:
     """The inbox of the alert bridge; a decision keeps of its record what metrics count."""
     connection.execute(CreateTable(_alerts))
+    for index in _alerts.indexes:
+        connection.execute(CreateIndex(index))
     connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN facts TEXT")
 
 
@@ -656,15 +720,16 @@ def _faults(entry: Entry, before: Entry | None) -> list[str]:
     return faults
 
 
-def _engine(uri: str) -> Engine:
-    """An engine without a pool: a connection lives as long as its transaction, and no process inherits one."""
+def _engine(uri: str, pooled: bool) -> Engine:
+    """An engine; without a pool a connection lives as long as its transaction, and no process inherits one."""
+    pool: dict[str, Any] = {"pool_pre_ping": True} if pooled else {"poolclass": NullPool}
     try:
         url = make_url(uri)
         if url.get_backend_name() != "sqlite":
-            return create_engine(url, poolclass=NullPool)
+            return create_engine(url, **pool)
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(url, poolclass=NullPool, connect_args={"timeout": BUSY_TIMEOUT_S})
+        engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, **pool)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise BallastError(f"BALLAST_STATE_URI is no database that can be used: {error}") from None
     except OSError as error:
@@ -706,7 +771,11 @@ def _trouble(engine: Engine, error: DBAPIError) -> BallastError:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return _stamp(datetime.now(UTC))
+
+
+def _stamp(at: datetime) -> str:
+    return at.isoformat(timespec="milliseconds")
 
 
 def _date(text: str) -> date | None:

@@ -18,10 +18,11 @@ from conftest import Project
 
 from pipelines import cli, registry, reproduce
 from pipelines.promote import promote
-from pipelines.state import State
+from pipelines.state import Alert, State
 
 OPERATIONS = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 COMMANDS = ["status", "history", "explain", "promote", "freeze", "unfreeze", "rollback", "breaker", "replay", "tune"]
+COMMANDS.append("alerts")
 
 
 @pytest.fixture
@@ -159,6 +160,55 @@ def test_history_after_tampering_says_so_and_fails(two: Project, ballast: Any) -
     code, out, _ = ballast("history", "--json")
     assert (code, json.loads(out)["problems"]) == (1, ["Entry 1 was changed: its hash does not fit what it says."])
     assert "TAMPERED WITH" in ballast("status")[1]
+
+
+def test_alerts_are_shown_the_newest_first_and_status_names_those_to_see_to(project: Project, ballast: Any) -> None:
+    state = State()
+    assert "no alert has come" in ballast("alerts")[1]
+    assert "ballast alerts" not in ballast("status")[1]
+    for number in range(3):
+        told = {"reason": f"worse [{number}]", "as_of": "2013-03-02"}
+        at = f"2026-01-0{number + 1}T10:00:00.000+00:00"
+        state.take_alert(Alert(f"alert-{number}", "monitor", told, received_at=at), lambda: None)
+    state.settle_alert(state.alerts()[0], "failed", "Airflow refused it: 422")
+    _, out, _ = ballast("alerts")
+    assert out.splitlines() == [
+        "2026-01-03 10:00 UTC  monitor   waiting    alert-2  worse [2] · accepted",
+        "2026-01-02 10:00 UTC  monitor   waiting    alert-1  worse [1] · accepted",
+        "2026-01-01 10:00 UTC  monitor   failed     alert-0  worse [0] · Airflow refused it: 422",
+    ]
+    assert [one["run_id"] for one in json.loads(ballast("alerts", "--last", "1", "--json")[1])["alerts"]] == ["alert-2"]
+    said = r"alerts +2 wait for Airflow, since 2026-01-02 10:00 UTC · 1 failed for good: ballast alerts"
+    assert re.search(said, ballast("status")[1])
+    assert json.loads(ballast("status", "--json")[1])["alerts"]["failed"] == 1
+
+
+def test_explain_and_record_show_the_alert_that_asked(
+    project: Project, ballast: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = {"alertname": "PerformanceDropped", "severity": "page"}
+    told = {"labels": labels, "annotations": {"summary": "worse\nby 0.1"}, "startsAt": "2013-03-01T06:00:00Z"}
+    conf = {"reason": "worse", "alert": {**told, "fingerprint": "f1", "reason": "worse"}, "as_of": "2013-03-02"}
+    trigger = {"kind": "alert", "reason": "worse", "conf": conf, "events": []}
+    monkeypatch.setenv("BALLAST_TRIGGER", json.dumps(trigger))
+    project.train()
+    project.register()
+    project.decide()
+    said = "PerformanceDropped · since 2013-03-01T06:00:00Z · worse by 0.1 · fingerprint f1 · "
+    said += "alertname=PerformanceDropped, severity=page"
+    assert f"  alert      {said}\n" in ballast("explain", "1")[1]
+    markdown = (project.root / "data" / "decide" / "record.md").read_text()
+    assert f"- alert: {said}\n" in markdown
+    assert '- asked by: alert · worse · conf {"reason": "worse", "as_of": "2013-03-02"}\n' in markdown
+    found = json.loads(ballast("explain", "1", "--json")[1])
+    assert found["alert"] == found["decisions"][0]["record"]["alert"]
+    assert found["alert"] == {
+        "name": "PerformanceDropped",
+        "fingerprint": "f1",
+        "started_at": "2013-03-01T06:00:00Z",
+        "summary": "worse by 0.1",
+        "labels": labels,
+    }
 
 
 def test_explain_says_what_why_and_when(project: Project, ballast: Any) -> None:
