@@ -14,7 +14,7 @@ def var() -> Path:
 
 
 def source() -> Path:
-    """Where relative globs of the ``files`` source start (``BALLAST_SOURCE``, default: the working directory)."""
+    """Where relative paths of a source start (``BALLAST_SOURCE``, default: the working directory)."""
     return Path(os.environ.get("BALLAST_SOURCE") or "")
 
 

@@ -25,9 +25,11 @@ from typing import Any, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet
 from pydantic import ValidationError
 
 from pipelines.errors import DataRejected, ParamsError
+from pipelines.sources import _secrets
 
 
 class Source(Protocol):
@@ -61,8 +63,8 @@ def connect(name: str, options: Mapping[str, Any]) -> Source:
 
 
 def _explain(name: str, loc: tuple[int | str, ...], message: str, value: Any) -> str:
-    where = ".".join(["land.options", *map(str, loc)])
-    return f"`{where}`: {message} (found {value!r}); pipelines/sources/{name}.py says what the adapter takes"
+    where, found = ".".join(["land.options", *map(str, loc)]), _secrets.mask(repr(value))
+    return f"`{where}`: {message} (found {found}); pipelines/sources/{name}.py says what the adapter takes"
 
 
 def read_csv(data: bytes, name: str, nulls: Sequence[str]) -> pa.Table:
@@ -79,3 +81,11 @@ def read_csv(data: bytes, name: str, nulls: Sequence[str]) -> pa.Table:
         return pa.csv.read_csv(pa.BufferReader(data), parse_options=parse, convert_options=convert)
     except pa.ArrowInvalid as error:
         raise DataRejected(f"{name} is not readable as CSV: {error}. Put the whole file there again.") from None
+
+
+def read_parquet(data: bytes, name: str) -> pa.Table:
+    """Read Parquet as it is typed there; DataRejected if it is not Parquet."""
+    try:
+        return pa.parquet.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise DataRejected(f"{name} is not readable as Parquet: {error}. Put the whole file there again.") from None

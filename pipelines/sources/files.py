@@ -14,12 +14,11 @@ from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from pipelines import places
 from pipelines.errors import DataRejected, ParamsError, TryAgain
 from pipelines.params import Params
-from pipelines.sources import read_csv
+from pipelines.sources import read_csv, read_parquet
 
 Globs = str | list[str]
 
@@ -50,7 +49,7 @@ class Adapter:
             data = Path(piece).read_bytes()
         except OSError as error:
             raise _unreachable(piece, error) from None
-        return _read_parquet(data, piece) if _suffix(piece) == ".parquet" else read_csv(data, piece, nulls=[""])
+        return read_parquet(data, piece) if _suffix(piece) == ".parquet" else read_csv(data, piece, nulls=[""])
 
 
 def _matches(table: str, pattern: str) -> list[Path]:
@@ -84,13 +83,6 @@ def _revision(path: Path) -> str:
     except OSError as error:
         raise _unreachable(path, error) from None
     return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
-
-
-def _read_parquet(data: bytes, name: str) -> pa.Table:
-    try:
-        return pa.parquet.read_table(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DataRejected(f"{name} is not readable as Parquet: {error}. Put the whole file there again.") from None
 
 
 def _unreachable(path: str | Path, error: OSError) -> TryAgain:

@@ -27,7 +27,9 @@ def files(**globs: Any) -> Any:
 
 
 def test_connect_unknown_name_names_the_known_and_the_nearest() -> None:
-    with pytest.raises(ParamsError, match=r"'file' \(known: files, nycflights13\); did you mean `files`\?"):
+    with pytest.raises(
+        ParamsError, match=r"'file' \(known: files, nycflights13, remote, sql\); did you mean `files`\?"
+    ):
         connect("file", {})
 
 
