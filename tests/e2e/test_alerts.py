@@ -264,7 +264,7 @@ def test_a_worse_model_raises_an_alert_that_retrains_and_is_on_the_record(
         for (_, before), (what, at) in zip(list(hops.items()), list(hops.items())[1:], strict=False):
             print(f"  {at - before:6.2f}  {what}")
         print(f"  {hops['the run has started'] - decided:6.2f}  in all\n")
-    assert list(hops.values())[3:] == sorted(list(hops.values())[3:])
+    assert decided <= hops["the bridge has kept it"] <= hops["the run is queued in Airflow"]
 
 
 WINDOW_SEEN = "from pipelines.state import State; print(State().windows()[-1].decided_at)"
