@@ -246,6 +246,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = REQUEST_S
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the client to acknowledge the headers
     server: Server
 
     def do_GET(self) -> None:

@@ -90,6 +90,32 @@ def test_unknown_metric_or_label_is_found(exposed, query, fault):
     assert unknown(query, exposed) == [fault]
 
 
+def test_dashboards_are_two_and_their_panels_ask_of_the_provisioned_source():
+    found = {page.stem: json.loads(page.read_text()) for page in (MONITORING / "grafana" / "dashboards").glob("*.json")}
+    assert {name: page["uid"] for name, page in found.items()} == {
+        name: name for name in ("ballast-model", "ballast-loop")
+    }
+    (source,) = load(MONITORING / "grafana" / "provisioning" / "datasources" / "ballast.yml")["datasources"]
+    for page in found.values():
+        panels = [panel for panel in page["panels"] if panel["type"] != "row"]
+        assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
+        assert all(panel["title"] and [one["expr"] for one in panel["targets"]] for panel in panels)
+        assert len({panel["id"] for panel in page["panels"]}) == len(page["panels"])
+        assert overlapping(panels) == []
+
+
+def overlapping(panels: list[Any]) -> list[str]:
+    """Panels that lie on one another."""
+    taken: set[tuple[int, int]] = set()
+    found = []
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        found += [panel["title"]] if cells & taken or at["x"] + at["w"] > 24 else []
+        taken |= cells
+    return found
+
+
 @pytest.mark.parametrize("name", alerts())
 def test_alert_says_how_urgent_it_is_what_is_wrong_and_where_to_read_on(name):
     rule = alerts()[name]
