@@ -15,6 +15,7 @@ import os
 import random
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -139,6 +140,7 @@ class Bridge:
     port: int = field(default_factory=free_port)
     actions: str = "retrain,monitor"
     program: str = "from pipelines import bridge; bridge.main()"
+    env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -149,7 +151,12 @@ class Bridge:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.cert else ''}://127.0.0.1:{self.port}"
+
+    @property
+    def cert(self) -> str | None:
+        """The certificate that it shows, which is to be trusted."""
+        return self.env.get("BALLAST_BRIDGE_TLS_CERT")
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -164,6 +171,7 @@ class Bridge:
             "BALLAST_AIRFLOW_URL": self.airflow_url,
             "BALLAST_AIRFLOW_USER": "admin",
             "BALLAST_AIRFLOW_PASSWORD_FILE": str(self.root / "password"),
+            **self.env,
         }
         with (self.root / "bridge.log").open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-c", self.program], env=env, stdout=log, stderr=log)
@@ -175,7 +183,8 @@ class Bridge:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/healthz", trust_env=False, timeout=5).status_code == 200
+            verify = ssl.create_default_context(cafile=self.cert) if self.cert else True
+            return httpx.get(f"{self.url}/healthz", trust_env=False, timeout=5, verify=verify).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -202,9 +211,9 @@ class Bridge:
 
 
 @contextmanager
-def bridge(root: Path, airflow_url: str, **more: str) -> Iterator[Bridge]:
+def bridge(root: Path, airflow_url: str, **more: Any) -> Iterator[Bridge]:
     """A bridge that runs."""
-    one = Bridge(root, airflow_url, **more)  # type: ignore[arg-type]
+    one = Bridge(root, airflow_url, **more)
     try:
         one.start()
         yield one

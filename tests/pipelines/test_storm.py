@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
+import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from benchmarks.bridge import (
     BEARER,
+    TOKEN,
     Bridge,
     FakeAirflow,
     Storm,
@@ -19,6 +32,7 @@ from benchmarks.bridge import (
     bridge,
     delivery,
     firing,
+    free_port,
     queued_seconds,
     unleash,
 )
@@ -114,3 +128,62 @@ def test_bridge_killed_between_post_and_settling_starts_each_run_once(one: Bridg
     assert fake.posts == 21  # the seventh is posted again, and known
     outcomes = [alert.outcome or "" for alert in one.state.alerts()]
     assert sum("was there already" in words for words in outcomes) == 1
+
+
+# --- how it starts
+
+
+def certificate(root: Path) -> dict[str, str]:
+    """A certificate for this machine, signed by itself, and its key, as the settings that name them."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bridge")])
+    here = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+    made = made.add_extension(here, critical=False)
+    (root / "cert.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    (root / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return {f"BALLAST_BRIDGE_TLS_{name.upper()}": str(root / f"{name}.pem") for name in ("cert", "key")}
+
+
+def test_bridge_with_a_certificate_speaks_tls_and_nothing_else(tmp_path: Path, fake: FakeAirflow) -> None:
+    with bridge(tmp_path, fake.url, env=certificate(tmp_path)) as one:
+        trusting = ssl.create_default_context(cafile=one.cert)
+        with httpx.Client(base_url=one.url, verify=trusting, trust_env=False) as client:
+            answer = client.post("/alertmanager", json=delivery(firing("a1")), headers=BEARER)
+        assert answer.status_code == 202
+        one.settled()
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{one.url}/healthz", trust_env=False)
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://127.0.0.1:{one.port}/healthz", trust_env=False)
+    assert fake.runs == {"alert-a1-20130501T000000Z": 1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("TOKEN_FILE", "nowhere", r"has no token: nowhere cannot be read \(No such file.*`make up` makes one"),
+        ("TOKEN_FILE", "short", r"token must have at least 16 characters \(found 5\)"),
+        ("ACTIONS", "retrain,reboot", r"may name retrain, monitor, rollback, freeze \(found reboot\)"),
+        ("TLS_CERT", "short", r"no certificate and key to serve with \(short, None: .*PEM"),
+        ("TLS_KEY", "short", "TLS_KEY is set and BALLAST_BRIDGE_TLS_CERT is not"),
+        ("PORT", "eighty", r"BALLAST_BRIDGE_PORT must be a port, 1 to 65535 \(found 'eighty'\)"),
+    ],
+)
+def test_bridge_that_cannot_be_what_it_is_told_does_not_start_and_says_why(
+    tmp_path: Path, setting: str, value: str, said: str
+) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "short").write_text("short")
+    env = os.environ | {
+        "BALLAST_VAR": str(tmp_path),
+        "BALLAST_STATE_URI": f"sqlite:///{tmp_path / 'state.db'}",
+        "BALLAST_BRIDGE_TOKEN_FILE": "token",
+        "BALLAST_BRIDGE_PORT": str(free_port()),
+        f"BALLAST_BRIDGE_{setting}": value,
+    }
+    command = [sys.executable, "-m", "pipelines.bridge"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"error: .*{said}.*\n", done.stderr), done.stderr
