@@ -15,12 +15,13 @@ import os
 import random
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,8 +38,9 @@ from pipelines.state import State
 
 TOKEN = "a-token-long-enough"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-Mode = Literal["up", "away", "faulty", "hangs", "refuses", "unknown", "broken"]
-STATUS: dict[Mode, int] = {"up": 200, "away": 503, "faulty": 500, "refuses": 422, "unknown": 404, "broken": 400}
+# `lost`: it makes the run and hangs up before it has said so; `hangs`: it says nothing until it is freed
+Mode = Literal["up", "lost", "hangs", "away", "faulty", "refuses", "unknown", "broken"]
+STATUS: dict[Mode, int] = {"away": 503, "faulty": 500, "refuses": 422, "unknown": 404, "broken": 400}
 
 
 class FakeAirflow:
@@ -48,11 +50,17 @@ class FakeAirflow:
         self.mode: Mode = "up"
         self.seconds = seconds
         self.posts = 0
-        self.confs: dict[str, Any] = {}
         self.runs: Counter[str] = Counter()  # by id, how often one was made
         self.at: dict[str, float] = {}  # when it was
-        self.freed = threading.Event()  # lets what hangs go on
+        self.confs: dict[str, Any] = {}
+        self.made: Callable[[], None] = lambda: None  # called once a run is made, before that is said
+        self.freed = threading.Event()
         self._one = threading.Lock()
+        self.open(0)
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def open(self, port: int) -> None:
+        """Listen."""
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +68,9 @@ class FakeAirflow:
 
             def do_POST(self) -> None:
                 status, answer = fake.take(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                if not status:
+                    self.close_connection = True
+                    return
                 content = json.dumps(answer).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
@@ -69,32 +80,34 @@ class FakeAirflow:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.port: int = self.server.server_port
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def take(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The status and body for a POST."""
+        """The status and body for a POST; status 0 hangs up."""
         if path == "/auth/token":
             return 201, {"access_token": "x"}
         time.sleep(self.seconds)
         with self._one:
             self.posts += 1
             mode, run_id = self.mode, body["dag_run_id"]
-            if mode == "up":
+            if mode in ("up", "lost"):
                 if self.runs[run_id]:
                     return 409, {"detail": "it is there already"}
                 self.runs[run_id] += 1
                 self.at[run_id], self.confs[run_id] = time.time(), body["conf"]
-                return 200, body
+        if mode in ("up", "lost"):
+            self.made()
+            return (200, body) if mode == "up" else (0, {})
         if mode == "hangs":
             self.freed.wait(30)
         words = "Dag with dag_id: 'monitor' has import errors" if mode == "broken" else mode
         return STATUS.get(mode, 503), {"detail": words}
 
     def close(self) -> None:
-        """End it."""
+        """Listen no more."""
         self.freed.set()
         self.server.shutdown()
         self.server.server_close()
@@ -127,6 +140,7 @@ class Bridge:
     port: int = field(default_factory=free_port)
     actions: str = "retrain,monitor"
     program: str = "from pipelines import bridge; bridge.main()"
+    env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -137,7 +151,12 @@ class Bridge:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' if self.cert else ''}://127.0.0.1:{self.port}"
+
+    @property
+    def cert(self) -> str | None:
+        """The certificate that it shows, which is to be trusted."""
+        return self.env.get("BALLAST_BRIDGE_TLS_CERT")
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
@@ -152,6 +171,7 @@ class Bridge:
             "BALLAST_AIRFLOW_URL": self.airflow_url,
             "BALLAST_AIRFLOW_USER": "admin",
             "BALLAST_AIRFLOW_PASSWORD_FILE": str(self.root / "password"),
+            **self.env,
         }
         with (self.root / "bridge.log").open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-c", self.program], env=env, stdout=log, stderr=log)
@@ -163,7 +183,8 @@ class Bridge:
 
     def _answers(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/healthz", trust_env=False, timeout=5).status_code == 200
+            verify = ssl.create_default_context(cafile=self.cert) if self.cert else True
+            return httpx.get(f"{self.url}/healthz", trust_env=False, timeout=5, verify=verify).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -171,7 +192,7 @@ class Bridge:
         """End it with no warning."""
         if self.process:
             self.process.kill()
-            self.process.wait(30)
+            self.process.wait()
 
     def resident_mib(self) -> float:
         """What it holds in memory."""
@@ -190,9 +211,9 @@ class Bridge:
 
 
 @contextmanager
-def bridge(root: Path, airflow_url: str, **more: str) -> Iterator[Bridge]:
+def bridge(root: Path, airflow_url: str, **more: Any) -> Iterator[Bridge]:
     """A bridge that runs."""
-    one = Bridge(root, airflow_url, **more)  # type: ignore[arg-type]
+    one = Bridge(root, airflow_url, **more)
     try:
         one.start()
         yield one

@@ -12,6 +12,7 @@ import hmac
 import logging
 import math
 import os
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -327,6 +328,22 @@ def _actions() -> frozenset[str]:
     return frozenset(named)
 
 
+def _tls() -> tuple[str | None, str | None]:
+    """The certificate and key to speak TLS with, tried; None and None for plain HTTP."""
+    cert, key = (os.environ.get(f"BALLAST_BRIDGE_TLS_{name}") or None for name in ("CERT", "KEY"))
+    if key and not cert:
+        raise BallastError("BALLAST_BRIDGE_TLS_KEY is set and BALLAST_BRIDGE_TLS_CERT is not. Set both, or neither.")
+    if cert:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")  # asks nobody for one
+        except OSError as error:
+            raise BallastError(
+                f"BALLAST_BRIDGE_TLS_CERT and _KEY are no certificate and key to serve with ({cert}, {key}: {error}). "
+                "Give PEM files that belong together, the key without a password."
+            ) from None
+    return cert, key
+
+
 def _seconds_since(at: str) -> float:
     return time.time() - datetime.fromisoformat(at).timestamp()
 
@@ -335,14 +352,14 @@ def main() -> None:
     """Serve until a signal ends it."""
     import uvicorn
 
-    env = os.environ
+    cert, key = _tls()
     app = make_app(_token(), _actions(), embedded.connect)
     uvicorn.run(
         app,
-        host=env.get("BALLAST_BRIDGE_HOST") or "127.0.0.1",
+        host=os.environ.get("BALLAST_BRIDGE_HOST") or "127.0.0.1",
         port=embedded.bridge_port(),
-        ssl_certfile=env.get("BALLAST_BRIDGE_TLS_CERT") or None,
-        ssl_keyfile=env.get("BALLAST_BRIDGE_TLS_KEY") or None,
+        ssl_certfile=cert,
+        ssl_keyfile=key,
         log_level="warning",
         limit_concurrency=MOST_AT_ONCE,
         ws="none",

@@ -54,6 +54,7 @@ GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
 ALERTS_KEPT = timedelta(days=90)  # once settled; Airflow's own 409 still stops a later repetition
 MOST_ALERTS_KEPT = 10_000  # once settled, the newest: whoever knows the token cannot fill the store
+FAILED_SHOWN = timedelta(days=7)  # nobody can answer an alert that was given up: people are told for so long
 ON_ITS_WAY = "on its way"  # the outcome of an alert while a bridge has claimed it
 
 Move = Literal["promote", "rollback", "force"]  # what makes a version champion
@@ -228,7 +229,7 @@ class Inbox:
     oldest: str | None  # when the one that has waited longest was received
     next_at: str | None  # when the next of those that are not due yet is tried
     retraining: str | None  # one that waits and asks for a retraining
-    failed: int  # given up, and not forgotten yet
+    failed: int  # given up lately
 
 
 class State:
@@ -480,7 +481,8 @@ class State:
         retrains = case((_alerts.c.action == "retrain", _alerts.c.run_id))
         columns = (_alerts.c.received_at, _alerts.c.next_at, retrains)
         counted = select(func.count(), *map(func.min, columns)).where(waits)
-        failed = select(func.count()).where(_alerts.c.status == "failed").scalar_subquery()
+        lately = _alerts.c.settled_at >= _stamp(datetime.now(UTC) - FAILED_SHOWN)
+        failed = select(func.count()).where(_alerts.c.status == "failed", lately).scalar_subquery()
         with self._begin() as connection:
             return Inbox(*connection.execute(counted.add_columns(failed)).one())
 

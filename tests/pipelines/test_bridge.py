@@ -374,7 +374,7 @@ def test_inbox_forgets_what_is_settled_and_old_or_too_much(state: State, monkeyp
     assert "old" not in {one.run_id for one in state.alerts()}
 
 
-def test_inbox_counts_without_the_payloads(state: State) -> None:
+def test_inbox_counts_without_the_payloads(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     assert state.inbox() == states.Inbox(0, None, None, None, 0)
     first, second = alert("a"), alert("b", 1, "retrain")
     state.take_alert(first, lambda: None)
@@ -382,6 +382,9 @@ def test_inbox_counts_without_the_payloads(state: State) -> None:
     assert state.inbox() == states.Inbox(2, first.received_at, None, "b", 0)
     state.settle_alert(first, "failed", "422")
     assert state.inbox() == states.Inbox(1, second.received_at, None, "b", 1)
+    monkeypatch.setattr(states, "FAILED_SHOWN", timedelta(0))
+    time.sleep(0.002)
+    assert state.inbox().failed == 0
 
 
 # --- which Airflow
