@@ -38,7 +38,9 @@ JENSENSHANNON = {"method": "jensenshannon", "floor": 0.1}
 FEATURES = {"numeric": ["calm", "shifted", "silent", "sparse", "loud", "gone"], "categorical": ["carrier", "tail"]}
 IMPORTANCE = {"calm": 0.06, "shifted": 0.03, "tail": 0.01, "carrier": -0.02}
 ROWS = 1500
-JUDGING = PerformanceParams(earlier_windows=1, min_rows=100, standard_errors=2, calibration_bins=10, seed=1)
+JUDGING = PerformanceParams(
+    earlier_windows=1, min_rows=100, min_days=7, standard_errors=2, confidence=0.95, calibration_bins=10, seed=1
+)
 
 
 def settings(**changes: Any) -> DriftParams:

@@ -253,7 +253,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BALLAST_VAR", str(tmp_path / "var"))
     monkeypatch.setattr("sys.argv", ["score", *arguments])
-    judging = "{earlier_windows: 2, min_rows: 10, standard_errors: 2, calibration_bins: 5, seed: 1}"
+    judging = "{earlier_windows: 2, min_rows: 10, min_days: 7, standard_errors: 2, confidence: 0.95, "
+    judging += "calibration_bins: 5, seed: 1}"
     (tmp_path / "params.yaml").write_text(
         f'as_of: "2013-02-11"\nscore: {{}}\nperformance: {judging}\nregister: {{model: events}}\n'
     )
