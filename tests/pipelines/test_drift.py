@@ -431,3 +431,19 @@ def test_compare_without_a_threshold_is_not_measured():
 def test_comparison_import_leaves_evidently_alone():
     code = "import sys, pipelines.drift, pipelines.page, pipelines.policy; sys.exit('evidently' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("planted", "found"), [(1.5, True), (0.0, False)])
+def test_drift_column_that_has_come_to_count_is_a_loss_to_avoid(tmp_path, planted, found):
+    """Inputs are as they were, and the labels of one window tell; without it there is nothing to save."""
+    batch = rows(3, "2013-04-01", 10 * ROWS)
+    odds = np.log(batch["probability"] / (1 - batch["probability"])) + planted * batch["calm"]
+    late = np.random.default_rng(7).random(len(batch)) < 1 / (1 + np.exp(-odds))
+    batch["label"] = pd.array(late.astype(int), dtype="Int8")
+    score = lay_out(tmp_path / "score", batch, references())
+    window = {"version": 3, "start": "2013-04-01", "end": "2013-04-11"}
+    batch.assign(**window).to_parquet(score / "logged.parquet")
+    performance = drift(score, tmp_path / "none.json", tmp_path / "out", settings(), JUDGING)["performance"]
+    assert performance["avoidable"]["days"] == 10
+    assert (performance["avoidable"]["lower"] > 0.001) is found
+    assert numbers(read_json(tmp_path / "out" / "verdict.json"))["performance"]["avoidable"] == performance["avoidable"]
