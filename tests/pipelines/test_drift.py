@@ -434,15 +434,19 @@ def test_comparison_import_leaves_evidently_alone():
 
 
 @pytest.mark.parametrize(("planted", "found"), [(1.5, True), (0.0, False)])
-def test_drift_column_that_has_come_to_count_is_a_loss_to_avoid(tmp_path, planted, found):
-    """Inputs are as they were, and the labels of one window tell; without it there is nothing to save."""
-    batch = rows(3, "2013-04-01", 10 * ROWS)
-    odds = np.log(batch["probability"] / (1 - batch["probability"])) + planted * batch["calm"]
-    late = np.random.default_rng(7).random(len(batch)) < 1 / (1 + np.exp(-odds))
-    batch["label"] = pd.array(late.astype(int), dtype="Int8")
-    score = lay_out(tmp_path / "score", batch, references())
-    window = {"version": 3, "start": "2013-04-01", "end": "2013-04-11"}
-    batch.assign(**window).to_parquet(score / "logged.parquet")
+def test_drift_what_a_column_tells_that_the_champion_does_not_know_is_a_loss_to_avoid(tmp_path, planted, found):
+    """Learnt from the labels of its test window and of this one."""
+    random = np.random.default_rng(7)
+
+    def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+        odds = np.log(frame["probability"] / (1 - frame["probability"])) + planted * frame["calm"]
+        late = random.random(len(frame)) < 1 / (1 + np.exp(-odds))
+        return frame.assign(label=pd.array(late.astype(int), dtype="Int8"))
+
+    batch, test = labelled(rows(3, "2013-04-01", 10 * ROWS)), labelled(rows(2, "2013-03-01", 10 * ROWS))
+    reference = pd.concat([rows(1, "2013-01-01").assign(window="train"), test.assign(window="test")])
+    score = lay_out(tmp_path / "score", batch, reference)
+    batch.assign(version=3, start="2013-04-01", end="2013-04-11").to_parquet(score / "logged.parquet")
     performance = drift(score, tmp_path / "none.json", tmp_path / "out", settings(), JUDGING)["performance"]
     assert performance["avoidable"]["days"] == 10
     assert (performance["avoidable"]["lower"] > 0.001) is found
