@@ -31,10 +31,12 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from scipy.special import expit
 
 from benchmarks.example import SQL, Year, arguments, lay_out
 from benchmarks.features import write
 from pipelines import model, rows, train
+from pipelines.avoidable import avoidable_verdict
 from pipelines.comparison import Column, Finding, column, compare
 from pipelines.drift import (
     PREDICTION,
@@ -45,11 +47,13 @@ from pipelines.drift import (
     weights_of,
 )
 from pipelines.errors import exit_with
+from pipelines.estimate import log_odds
 from pipelines.fit import TrainParams
 from pipelines.land import LandParams
 from pipelines.model import Model
 from pipelines.params import as_of, load
-from pipelines.performance import PerformanceParams, Window, performance_verdict
+from pipelines.performance import PerformanceParams, Window, days, performance_verdict
+from pipelines.policy import AvoidableLoss, PolicyParams
 from pipelines.thresholds import distance, histogram, threshold
 from pipelines.validate import ValidateParams, validate
 
@@ -58,6 +62,7 @@ SHIFTED = (7, 14, 30)
 STEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5)
 CHUNK = 16  # windows at a time: few enough for the processor's cache
 PRESET_THRESHOLD, PRESET_SHARE = 0.1, 0.5
+DAY_LEVEL = 0.6  # the standard deviation of a day's level in log odds, as the champion's test window and April have it
 UNSEEN = {1: 30, 7: 20, 30: 10}  # windows of days that their reference has not, by their length
 RAW = {
     "flights": ["sched_dep_time", "minute", "dep_delay", "arr_delay", "distance", "year"],
@@ -418,6 +423,42 @@ def of_days(frame: pd.DataFrame, drawn: npt.NDArray[np.int64]) -> pd.DataFrame:
     return together
 
 
+# --- avoidable loss ---------------------------------------------------------------------------------------------------
+
+
+def avoidable(example: Example, draws: int) -> list[str]:
+    """Windows after the champion's test window with labels drawn from its own probabilities: there is nothing to save.
+
+    Each day has a level of its own in log odds, which the champion does not know, as its real days have. Beside it the
+    same with an airport at which flights have begun to be late more often.
+    """
+    random, since = np.random.default_rng(example.params.seed), pd.Timestamp(as_of(example.year.params), tz="UTC")
+    judging = load(example.year.params, "performance", PerformanceParams)
+    policy = load(example.year.params, "policy", PolicyParams)
+    [trigger] = [one for one in policy.triggers if isinstance(one, AvoidableLoss)]
+    after = example.year.rows
+    after = after[after["time"].between(since, since + timedelta(days=max(SHIFTED)), inclusive="left")]
+    after = after.assign(**{PREDICTION: example.champion.predict(after)})
+    rows = pd.concat([example.test, after], ignore_index=True)
+    day, is_new = pd.factorize(days(rows))[0], (rows["time"] >= since).to_numpy()
+    odds, there = log_odds(rows), is_new & (rows["origin"] == "EWR").to_numpy()
+    lines = ["| days | raised: nothing to save | mean avoidable loss | raised: EWR's odds 1.65 times | mean |"]
+    lines += ["|---|---|---|---|---|"]
+    for length in SHIFTED:
+        within, cells = (rows["time"] < since + timedelta(days=length)).to_numpy(), []
+        for shift, count in ((0.0, draws), (0.5, draws // 4)):
+            found = []
+            for _ in range(count):
+                level = random.normal(scale=DAY_LEVEL, size=day.max() + 1)[day] + shift * there
+                drawn = rows.assign(label=(random.random(len(rows)) < expit(odds + level)).astype(float))
+                part = avoidable_verdict(drawn[within & is_new], drawn[within], example.champion.features, judging)
+                found.append((trigger.judge({"performance": {"avoidable": part}}).fires, part["loss"]))
+            fires, losses = zip(*found, strict=True)
+            cells += [rate(fires), f"{np.mean(losses):+.4f}"]
+        lines.append(row_of([f"{length}", *cells]))
+    return lines
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -439,7 +480,7 @@ def row_of(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def measured(example: Example, draws: int, presets: int) -> Iterator[str]:
+def measured(example: Example, draws: int, presets: int, labels: int) -> Iterator[str]:
     """One table after another, as Markdown."""
     columns = example.columns(example.train, example.train)
     pools = {name: Pool.of(one, one.reference) for name, one in columns.items()}
@@ -452,6 +493,7 @@ def measured(example: Example, draws: int, presets: int) -> Iterator[str]:
         ),
         "A change of unit in what the model reads: called broken": lambda: units(example, drawn),
         "A change of unit at the source": lambda: tables(example),
+        "Avoidable loss: how often the trigger of params.yaml raises": lambda: avoidable(example, labels),
         "What the label depends on is turned round, inputs unmoved": lambda: concept(example, draws=100),
         "Real days of January to March, against all others": lambda: unseen(example),
     }
@@ -464,6 +506,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--draws", type=int, default=1000, help="windows of each length without drift")
     parser.add_argument("--presets", type=int, default=2, help="of these, on which Evidently's preset is really run")
+    parser.add_argument("--labels", type=int, default=200, help="windows of each length whose labels are drawn")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -472,10 +515,12 @@ def main() -> None:
         days = example.train["time"].dt.date
         reference = f"{len(days):,} rows of {days.nunique()} days, {days.min()} to {days.max()}"
         changed = "".join(f" --set {override}" for override in args.set)
-        command = f"python -m benchmarks.drift --draws {args.draws} --presets {args.presets}{changed}"
+        command = (
+            f"python -m benchmarks.drift --draws {args.draws} --presets {args.presets} --labels {args.labels}{changed}"
+        )
         text = [f"`{command}`, {date.today()}. Reference: {reference}. Rates with their 95 % interval."]
         print(*text, flush=True)
-        for part in measured(example, args.draws, args.presets):
+        for part in measured(example, args.draws, args.presets, args.labels):
             print(f"\n{part}", flush=True)
             text.append(part)
     if args.write:

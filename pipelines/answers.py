@@ -104,7 +104,7 @@ def _model(verdict: Verdict, realised: Verdict | None) -> Answer:
     record = _record(estimate)
     if own(verdict):
         before = f"Estimated {_estimated(estimate)} before the labels." if estimate["measured"] else ""
-        return Answer(question, *_judged(found, [_labels(verdict)]), _join([before, record]))
+        return Answer(question, *_judged(found, [_labels(verdict)]), _join([_avoidable(found), before, record]))
     since = f"Realised since then: {with_error(realised['log_loss'], realised['standard_error'])}." if realised else ""
     if not estimate["measured"] and not found["measured"]:
         return Answer(question, "Not judged", found["words"] or "There is no champion yet.", "unknown", since)
@@ -112,7 +112,7 @@ def _model(verdict: Verdict, realised: Verdict | None) -> Answer:
     if found["measured"]:
         said.insert(0 if found["worse"] else 1, _labels(verdict))
     judged = _judged(found, said) if found["worse"] or not estimate["measured"] else _expected(estimate, said)
-    return Answer(question, *judged, _join([since, record]))
+    return Answer(question, *judged, _join([_avoidable(found), since, record]))
 
 
 def _judged(found: Verdict, said: list[str]) -> tuple[str, str, Tone]:
@@ -142,9 +142,15 @@ def _labels(verdict: Verdict) -> str:
     auc = (
         f" AUC {found['auc']:.3f}, was {found['reference_auc']:.3f}." if found["auc"] and found["reference_auc"] else ""
     )
-    alone = " One day is too few to tell." if found["standard_error"] is None else ""
+    alone = " Too few days to tell." if found["standard_error"] is None else ""
     sentence = f"{losses} on {found['labelled_rows']:,} labelled rows.{auc}{alone}"
     return name + (sentence[0].lower() + sentence[1:] if name else sentence)
+
+
+def _avoidable(found: Verdict) -> str:
+    """How much of the loss a retraining could have saved, as far as labels tell."""
+    words: str = found["avoidable"]["words"]
+    return words[:1].upper() + words[1:] + "." if words else ""
 
 
 def _expectation(estimate: Verdict) -> str:

@@ -625,7 +625,7 @@ def replay(
         list[str],
         typer.Option(
             help="Again for each: never, schedule (each month), params (all of it), or the only kind of trigger left: "
-            "drift, performance, estimated_performance."
+            "drift, performance, estimated_performance, avoidable_loss."
         ),
     ],
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ is too far comes from the days of these windows themselves (``thresholds``), and
 its share of the champion's permutation importance. docs/drift.md has the method on a page.
 
 Whether the model is worse is no matter of distributions: performance.py judges it by the labels, estimate.py before
-they have come.
+they have come, and avoidable.py says how much of the loss a retraining could have saved.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import pandas as pd
 from pydantic import Field
 
 from pipelines import stage
+from pipelines.avoidable import avoidable_verdict
 from pipelines.comparison import Column, Finding, Rule, column, compare, keep, report
 from pipelines.errors import ParamsError, exit_with
 from pipelines.estimate import estimate_verdict, tracked
 from pipelines.files import read_json, write_json
 from pipelines.params import Params, load
-from pipelines.performance import PerformanceParams, Window, by_window, performance_verdict
+from pipelines.performance import PerformanceParams, Window, by_window, judged_windows, performance_verdict
 from pipelines.schema import Features
 from pipelines.state import State
 from pipelines.thresholds import threshold
@@ -80,7 +81,7 @@ def drift(
     else:
         features = Features.model_validate(scored["features"])
         verdict |= _compare(score, features, scored.get("importance", {}), validate, out, params)
-        verdict |= _worse(score, scored, judging, history)
+        verdict |= _worse(score, scored, features, judging, history)
     write_json(out / "verdict.json", verdict)
     judged = verdict["performance"].get("present")  # by its own labels: an estimate adds nothing
     parts = [verdict[part]["words"] for part in PARTS if part != "estimate" or not judged]
@@ -207,13 +208,20 @@ def _compare(
     }
 
 
-def _worse(score: Path, scored: Verdict, params: PerformanceParams, history: Iterable[Verdict]) -> Verdict:
+def _worse(
+    score: Path, scored: Verdict, features: Features, params: PerformanceParams, history: Iterable[Verdict]
+) -> Verdict:
     """Is the model worse, by the labels that have come and by what may be expected of those that have not."""
     present = Window(scored["start"], scored["end"], scored["version"])
     logged = pd.read_parquet(score / "logged.parquet")
-    reference = pd.read_parquet(score / "reference.parquet", columns=["window", "time", "label", "probability"])
+    reference = pd.read_parquet(score / "reference.parquet")
     test, windows = reference[reference["window"] == "test"], by_window(logged)
     performance = performance_verdict(windows, present, test, scored["labels_until"], params)
+    if performance["measured"]:
+        judged_on = pd.concat([windows[window] for window in judged_windows(windows, present, params)])
+        own = [test, *(rows for window, rows in windows.items() if window.version == present.version)]
+        labelled, unseen = (rows[rows["label"].notna()] for rows in (judged_on, pd.concat(own)))
+        performance["avoidable"] = avoidable_verdict(labelled, unseen, features, params)
     batch, judged = windows.get(present, logged.iloc[:0]), performance["windows"]
     estimate = estimate_verdict(batch, test, tracked(judged, history, present), params)
     return {"performance": performance, "estimate": estimate}

@@ -118,7 +118,7 @@ def _estimate(batch: pd.DataFrame, reference: pd.DataFrame, params: PerformanceP
     intercept, slope = calibrate(then, label)
     chance = expit(intercept + slope * now)
     losses, realised = expected_losses(now, chance), expected_losses(then, label)
-    by_batch = metrics.error_by_day(losses, days(batch), params.seed)
+    by_batch = metrics.error_by_day(losses, days(batch))
     by_calibration = _calibration_errors(now, then, label, days(reference), (intercept, slope), params.seed)
     errors: list[float | None] = [None, None]
     if by_batch is not None and by_calibration is not None:

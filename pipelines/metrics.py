@@ -102,13 +102,23 @@ def resampled_days(days: npt.ArrayLike, seed: int, draws: int) -> tuple[npt.NDAr
     return position, times
 
 
-def error_by_day(values: npt.ArrayLike, days: npt.ArrayLike, seed: int) -> float | None:
-    """The standard error of the mean of ``values`` by ``bootstrap_by_day``; None for a single day.
+def error_by_day(values: npt.ArrayLike, days: npt.ArrayLike) -> float | None:
+    """The standard error of the mean of ``values`` where days are the sample, not rows; None for a single day.
 
-    The spread of n resampled days is short by sqrt((n - 1) / n).
+    ``days`` is (n,) of dates. The deviations of a day are added before they are squared (cluster-robust: Cameron,
+    Gelbach and Miller, 2008). Days near each other hang together as well: their products count with Bartlett's weights,
+    so many days apart as their number lets be told (Newey and West, 1987; the lag of 1994). They may only add to the
+    error: a swing that makes the mean look surer than independent days would is luck in so few of them.
     """
-    count = len(np.unique(np.asarray(days)))
-    return float(bootstrap_by_day(values, days, seed).std() * math.sqrt(count / (count - 1))) if count > 1 else None
+    values, days = np.asarray(values, dtype=np.float64), np.asarray(days, dtype="datetime64[D]").astype(np.int64)
+    place = days - days.min()
+    if (count := len(np.unique(place))) < 2:
+        return None
+    sums = np.bincount(place, weights=values - values.mean())
+    lag = min(int(4 * (count / 100) ** (2 / 9)), len(sums) - 1)
+    near = sum((1 - step / (lag + 1)) * 2 * float(sums[step:] @ sums[:-step]) for step in range(1, lag + 1))
+    variance = float(sums @ sums) + max(near, 0.0)
+    return math.sqrt(count / (count - 1) * variance) / len(values)
 
 
 def auc_error_by_day(label: npt.ArrayLike, probability: npt.ArrayLike, days: npt.ArrayLike) -> float | None:

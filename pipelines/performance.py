@@ -1,7 +1,8 @@
 """Realised performance: what the champion's predictions were worth, once their labels have come.
 
 The log loss of a window's labelled rows against that of the champion's own test window, with a standard error by day.
-It is judged on the present window, and where that has too few labels yet, on the champion's newest that has enough.
+It is judged on the newest rows that have one: the present window's, and where its labels are few or of few days, those
+of the champion's windows before it as well.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ class PerformanceParams(Params):
 
     earlier_windows: NonNegativeInt
     min_rows: PositiveInt
+    min_days: int = Field(ge=2)
     standard_errors: float = Field(ge=0)
+    confidence: float = Field(gt=0.5, lt=1)
     calibration_bins: int = Field(ge=2)
     seed: int
 
@@ -51,25 +54,41 @@ def performance_verdict(
     labels_until: str,
     params: PerformanceParams,
 ) -> Verdict:
-    """Is the model worse: its log loss on the judged window's labelled rows against that on its own test window.
+    """Is the model worse: its log loss on the newest labelled rows against that on its own test window.
 
-    ``start`` and ``end`` are those of the judged window, ``present`` says whether that is this one. ``worse`` is null
-    where a side has one day only: the days are what the standard error is taken from. A window is ``complete`` when all
-    its labels were due by ``labels_until``.
+    ``start`` and ``end`` are those of the judged windows (see ``judged_windows``), ``present`` says whether that is
+    this one alone. ``worse`` is null where there are too few days: they are what the standard error is taken from. A
+    window is ``complete`` when all its labels were due by ``labels_until``.
     """
     labelled = {window: rows[rows["label"].notna()] for window, rows in windows.items()}
     entries = [_entry(window, windows[window], labelled[window], labels_until, params) for window in windows]
-    candidates = [present, *(window for window in reversed(windows) if window.version == present.version)]
-    judged = next((window for window in candidates if len(labelled.get(window, ())) >= params.min_rows), None)
+    judged = judged_windows(windows, present, params)
     count, reference = len(labelled.get(present, ())), reference[reference["label"].notna()]
-    if judged is None or reference.empty:
+    if not judged or reference.empty:
         lack = "no labels in the reference" if judged else f"{count:,} labelled rows, {params.min_rows:,} needed"
         return {"measured": False, "labelled_rows": count, "words": f"model not judged: {lack}", "windows": entries}
-    found = _compare(labelled[judged], reference, params)
-    if judged != present:
-        found["words"] += f", from {judged.start} to {judged.end}, as this window has {count:,} labels yet"
-    about = {"measured": True, "present": judged == present, "start": judged.start, "end": judged.end}
-    return {**about, **found, "windows": entries}
+    found = _compare(pd.concat([labelled[window] for window in judged]), reference, params)
+    alone, start, end = judged == [present], judged[0].start, judged[-1].end
+    if not alone:
+        found["words"] += f", from {start} to {end}, as this window has {count:,} labels yet"
+    return {"measured": True, "present": alone, "start": start, "end": end, **found, "windows": entries}
+
+
+def judged_windows(windows: dict[Window, pd.DataFrame], present: Window, params: PerformanceParams) -> list[Window]:
+    """The champion's newest windows that together have enough labels, of enough days; the oldest first.
+
+    All of them where their days are too few, and none where their labels are.
+    """
+    found: list[Window] = []
+    labels, known = 0, np.empty(0, dtype="datetime64[D]")
+    for window in (window for window in reversed(windows) if window.version == present.version):
+        rows = windows[window]
+        if not (rows := rows[rows["label"].notna()]).empty:
+            found.insert(0, window)
+            labels, known = labels + len(rows), np.union1d(known, days(rows))
+        if labels >= params.min_rows and len(known) >= params.min_days:
+            break
+    return found if labels >= params.min_rows else []
 
 
 def days(rows: pd.DataFrame) -> npt.NDArray[np.datetime64]:
@@ -93,11 +112,12 @@ def judgement(rise: float, error: float | None, params: PerformanceParams) -> tu
 def _compare(batch: pd.DataFrame, reference: pd.DataFrame, params: PerformanceParams) -> Verdict:
     now, then = _metrics(batch, params), _metrics(reference, params)
     rise = now["log_loss"] - then["log_loss"]
-    errors = [_error(rows, params.seed + offset) for offset, rows in enumerate((batch, reference))]
-    error = math.hypot(*filter(None, errors)) if None not in errors else None
+    errors, count = [_error(rows) for rows in (batch, reference)], len(np.unique(days(batch)))
+    error = math.hypot(*filter(None, errors)) if None not in errors and count >= params.min_days else None
     worse, words = judgement(rise, error, params)
     return {
         "labelled_rows": len(batch),
+        "days": count,
         "log_loss": now["log_loss"],
         "reference_log_loss": then["log_loss"],
         "rise": rise,
@@ -127,16 +147,16 @@ def _entry(
     return {
         **about,
         "log_loss": found["log_loss"],
-        "standard_error": _error(labelled, params.seed),
+        "standard_error": _error(labelled),
         "auc": _number(found["roc_auc"]),
         "auc_standard_error": _auc_error(labelled),
     }
 
 
-def _error(rows: pd.DataFrame, seed: int) -> float | None:
+def _error(rows: pd.DataFrame) -> float | None:
     """The standard error of the log loss; None for a single day."""
     losses = metrics.log_loss_rows(rows["label"].astype(float), rows["probability"])
-    return metrics.error_by_day(losses, days(rows), seed)
+    return metrics.error_by_day(losses, days(rows))
 
 
 def _metrics(rows: pd.DataFrame, params: PerformanceParams) -> dict[str, float]:

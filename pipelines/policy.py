@@ -1,6 +1,7 @@
 """Is it time to retrain? The monitor's answers in, one of retrain, wait and hold out, with the reasons in numbers.
 
-retrain   a trigger fires: the champion is worse, or is estimated to be, its inputs have moved, or it is time
+retrain   a trigger fires: the champion is worse, or is estimated to be, a correction of it does surely better, its
+          inputs have moved, or it is time
 wait      none does
 hold      one does, and something stands against it: the breaker, a retraining under way, the cooldown, the budget;
           or nothing can be judged: there is no champion, or the batch is broken at its source
@@ -94,13 +95,8 @@ class Performance(Windowed):
     max_rise: NonNegativeFloat
 
     def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
-        """Likewise; where labels are late, windows may have been judged on the same rows, which count once."""
-        seen, fresh = {_judged_on(now)} - {None}, []
-        for window in before:
-            if (rows := _judged_on(window.numbers)) not in seen:
-                fresh.append(window)
-                seen |= {rows} - {None}
-        return super().ask(now, fresh, past)
+        """Likewise; where labels are late or windows short, two may be judged on the same rows, which count once."""
+        return super().ask(now, _apart(now, before), past)
 
     def judge(self, window: Numbers) -> Judgement:
         """By the newest rows that have enough labels."""
@@ -120,6 +116,26 @@ class EstimatedPerformance(Windowed):
         """By all rows."""
         found = window.get("estimate") or {}
         return _risen("estimated performance", "rows", found, found.get("rows", 0), self.max_rise, self.min_rows)
+
+
+class AvoidableLoss(Windowed):
+    """So much log loss could surely have been avoided: a correction learnt from labels does better on those after."""
+
+    kind: Literal["avoidable_loss"]
+    min_gain: NonNegativeFloat
+
+    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
+        """Likewise, on rows that count once."""
+        return super().ask(now, _apart(now, before), past)
+
+    def judge(self, window: Numbers) -> Judgement:
+        """By the lower bound of what the correction saves on the newest rows that have enough labels."""
+        found = (window.get("performance") or {}).get("avoidable") or {}
+        if (rows := found.get("rows", 0)) < self.min_rows:
+            return Judgement(None, f"avoidable loss: not judged, {rows:,} labelled rows of at least {self.min_rows:,}")
+        surely = f"surely more than {found['lower']:.4f}, bound {self.min_gain:g}"
+        words = f"avoidable loss: {found['loss']:.4f} ± {found['standard_error']:.4f} log loss, {surely}"
+        return Judgement(found["lower"] > self.min_gain, words)
 
 
 class Drift(Windowed):
@@ -156,7 +172,7 @@ class Schedule(Params):
         return Judgement(days >= self.every_days, f"schedule: {days} days since {last}, every {self.every_days}")
 
 
-Trigger = Annotated[Performance | EstimatedPerformance | Drift | Schedule, Field(discriminator="kind")]
+Trigger = Annotated[Performance | EstimatedPerformance | AvoidableLoss | Drift | Schedule, Field(discriminator="kind")]
 
 
 # --- what a retraining trains on
@@ -302,10 +318,25 @@ def _change_point(verdict: Numbers, before: Sequence[Window]) -> date | None:
     return date.fromisoformat(run[-1].start if run else verdict["start"])
 
 
-def _judged_on(window: Numbers) -> str | None:
-    """The first day of the rows that performance was judged on, where drift's verdict says so."""
-    day: str | None = (window.get("performance") or {}).get("start")
-    return day
+def _apart(now: Numbers, before: Sequence[Window]) -> list[Window]:
+    """Those of the windows ``before`` (the newest first) whose labelled rows no later one was judged on.
+
+    One that was not judged by labels has none.
+    """
+    found: list[Window] = []
+    first, _ = _judged_on(now)
+    for window in before:
+        start, end = _judged_on(window.numbers)
+        if end is None or first is None or end <= first:
+            found.append(window)
+            first = start or first
+    return found
+
+
+def _judged_on(window: Numbers) -> tuple[str | None, str | None]:
+    """The days of the rows that performance was judged on, the end exclusive, where drift's verdict says so."""
+    found = window.get("performance") or {}
+    return found.get("start"), found.get("end")
 
 
 def _raises(window: Numbers) -> bool:
@@ -320,7 +351,7 @@ def _risen(name: str, noun: str, found: Numbers, rows: int, bound: float, least:
         return Judgement(None, f"{name}: not judged, it was not measured")
     change = f"log loss {'worse' if found['rise'] > 0 else 'better'} by {abs(found['rise']):.3f}"
     if found.get("standard_error") is None:
-        return Judgement(None, f"{name}: {change}, bound {bound:g}, from one day: two at least are needed to judge")
+        return Judgement(None, f"{name}: {change}, bound {bound:g}, from too few days to judge")
     words = f"{name}: {change} ± {found['standard_error']:.3f}, bound {bound:g}"
     above = found["rise"] > bound
     if above and not found.get("worse"):

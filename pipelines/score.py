@@ -43,9 +43,9 @@ def score(
     """Write predictions.parquet (rows with start <= time < end) and reference.parquet (train and test window).
 
     The predictions are logged in ``log``; logged.parquet is what it has of this batch and the ``earlier_windows``
-    before, with the labels of now. A label is null where it could not be known at ``end``; so is the probability of
-    train rows, which the champion has seen: nothing may be compared with it. Raises DataRejected where the interval
-    holds no row.
+    before, with the labels and features of now. A label is null where it could not be known at ``end``; so is the
+    probability of train rows, which the champion has seen: nothing may be compared with it. Raises DataRejected
+    where the interval holds no row.
     """
     rows = champion.prepare(tables, quarantine)
     labels_until = end - timedelta(days=champion.schema["label_delay_days"])
@@ -68,7 +68,8 @@ def score(
     hashes = predictions.features_hash(batch, champion.features)
     predictions.write(log, batch.assign(features_hash=hashes), version, start, end)
     logged = predictions.read(log, end, 1 + earlier_windows)
-    _write(out / "logged.parquet", logged.merge(rows[["key", "label"]], on="key", how="left", validate="m:1"))
+    now = rows[["key", "label", *champion.features.names]]
+    _write(out / "logged.parquet", logged.merge(now, on="key", how="left", validate="m:1"))
     labelled = int(batch["label"].notna().sum())
     return {
         **_about(version, start, end),

@@ -26,7 +26,8 @@ PARTS: dict[str, Verdict] = {
     "predictions": dict.fromkeys(("moved", "score", "threshold", "mean", "reference_mean", "words")),
     "performance": {"measured": False, "labelled_rows": 0, "windows": []}
     | dict.fromkeys(("start", "end", "log_loss", "reference_log_loss", "rise", "standard_error", "standard_errors"))
-    | dict.fromkeys(("worse", "auc", "reference_auc", "label_rate", "reference_label_rate", "calibration", "words")),
+    | dict.fromkeys(("worse", "auc", "reference_auc", "label_rate", "reference_label_rate", "calibration", "words"))
+    | {"avoidable": {"words": ""}},
     "estimate": {"measured": False, "tracked": []}
     | dict.fromkeys(("log_loss", "log_loss_standard_error", "reference_log_loss", "rise", "standard_error"))
     | dict.fromkeys(("worse", "bias", "words")),

@@ -38,7 +38,9 @@ JENSENSHANNON = {"method": "jensenshannon", "floor": 0.1}
 FEATURES = {"numeric": ["calm", "shifted", "silent", "sparse", "loud", "gone"], "categorical": ["carrier", "tail"]}
 IMPORTANCE = {"calm": 0.06, "shifted": 0.03, "tail": 0.01, "carrier": -0.02}
 ROWS = 1500
-JUDGING = PerformanceParams(earlier_windows=1, min_rows=100, standard_errors=2, calibration_bins=10, seed=1)
+JUDGING = PerformanceParams(
+    earlier_windows=1, min_rows=100, min_days=7, standard_errors=2, confidence=0.95, calibration_bins=10, seed=1
+)
 
 
 def settings(**changes: Any) -> DriftParams:
@@ -429,3 +431,23 @@ def test_compare_without_a_threshold_is_not_measured():
 def test_comparison_import_leaves_evidently_alone():
     code = "import sys, pipelines.drift, pipelines.page, pipelines.policy; sys.exit('evidently' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("planted", "found"), [(1.5, True), (0.0, False)])
+def test_drift_what_a_column_tells_that_the_champion_does_not_know_is_a_loss_to_avoid(tmp_path, planted, found):
+    """Learnt from the labels of its test window and of this one."""
+    random = np.random.default_rng(7)
+
+    def labelled(frame: pd.DataFrame) -> pd.DataFrame:
+        odds = np.log(frame["probability"] / (1 - frame["probability"])) + planted * frame["calm"]
+        late = random.random(len(frame)) < 1 / (1 + np.exp(-odds))
+        return frame.assign(label=pd.array(late.astype(int), dtype="Int8"))
+
+    batch, test = labelled(rows(3, "2013-04-01", 10 * ROWS)), labelled(rows(2, "2013-03-01", 10 * ROWS))
+    reference = pd.concat([rows(1, "2013-01-01").assign(window="train"), test.assign(window="test")])
+    score = lay_out(tmp_path / "score", batch, reference)
+    batch.assign(version=3, start="2013-04-01", end="2013-04-11").to_parquet(score / "logged.parquet")
+    performance = drift(score, tmp_path / "none.json", tmp_path / "out", settings(), JUDGING)["performance"]
+    assert performance["avoidable"]["days"] == 10
+    assert (performance["avoidable"]["lower"] > 0.001) is found
+    assert numbers(read_json(tmp_path / "out" / "verdict.json"))["performance"]["avoidable"] == performance["avoidable"]

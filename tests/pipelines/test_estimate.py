@@ -14,7 +14,9 @@ from pipelines.estimate import PULL, calibrate, estimate_verdict, expected_losse
 from pipelines.metrics import log_loss_rows
 from pipelines.performance import PerformanceParams, Window, performance_verdict
 
-PARAMS = PerformanceParams(earlier_windows=2, min_rows=100, standard_errors=2, calibration_bins=10, seed=1)
+PARAMS = PerformanceParams(
+    earlier_windows=2, min_rows=100, min_days=7, standard_errors=2, confidence=0.95, calibration_bins=10, seed=1
+)
 APRIL, MAY, JUNE = (Window(f"2013-0{month}-01", f"2013-0{month + 1}-01", 3) for month in (4, 5, 6))
 UNTRACKED: dict[str, Any] = {"tracked": [], "bias": None}
 

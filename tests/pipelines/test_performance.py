@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import date, timedelta
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from scipy.special import expit
 
 from pipelines.performance import PerformanceParams, Window, by_window, performance_verdict
 
-PARAMS = PerformanceParams(earlier_windows=2, min_rows=100, standard_errors=2, calibration_bins=10, seed=1)
+PARAMS = PerformanceParams(
+    earlier_windows=2, min_rows=100, min_days=7, standard_errors=2, confidence=0.95, calibration_bins=10, seed=1
+)
 FEBRUARY = Window("2013-02-01", "2013-03-01", 3)
 MARCH = Window("2013-03-01", "2013-04-01", 3)
 APRIL = Window("2013-04-01", "2013-05-01", 3)
@@ -32,6 +34,12 @@ def rows(seed: int, start: str, count: int = 1500) -> pd.DataFrame:
 
 
 REFERENCE = rows(2, "2013-02-01")
+
+
+def daily(frame: pd.DataFrame) -> dict[Window, pd.DataFrame]:
+    """A window for each of its days."""
+    by_day = dict(tuple(frame.groupby(frame["time"].dt.date)))
+    return {Window(str(day), str(day + timedelta(days=1)), 3): part for day, part in by_day.items()}
 
 
 def judge(batch: pd.DataFrame, *earlier: tuple[Window, pd.DataFrame], reference: pd.DataFrame = REFERENCE) -> Any:
@@ -127,6 +135,18 @@ def test_performance_window_without_labels_yet_is_judged_by_the_newest_that_has_
     assert found["words"].endswith(", from 2013-03-01 to 2013-04-01, as this window has 0 labels yet")
 
 
+@pytest.mark.parametrize(("count", "worse"), [(6, None), (7, True), (10, True)])
+def test_performance_days_are_judged_together_once_there_are_enough(count, worse):
+    """The newest seven of them, and a rise of a day is not judged alone."""
+    frame = rows(3, "2013-04-01")
+    frame["label"] = 1 - frame["label"]
+    windows = dict(list(daily(frame).items())[:count])
+    found = performance_verdict(windows, list(windows)[-1], REFERENCE, "2013-04-20", PARAMS)
+    assert (found["worse"], found["standard_error"] is None) == (worse, worse is None)
+    assert (found["days"], found["labelled_rows"]) == (min(count, 7), 150 * min(count, 7))
+    assert (found["start"], found["end"]) == (f"2013-04-{max(count - 6, 1):02}", f"2013-04-{count + 1:02}")
+
+
 def test_performance_another_champions_window_does_not_judge_this_one():
     found = judge(unlabelled(rows(3, "2013-04-01")), (MARCH._replace(version=2), rows(4, "2013-03-01")))
     assert found["measured"] is False
@@ -138,8 +158,9 @@ def test_performance_windows_are_listed_with_the_labels_of_now():
     march, april = found["windows"]
     assert (march["start"], march["labelled_rows"], march["complete"]) == ("2013-03-01", 1500, True)
     assert (april["rows"], april["labelled_rows"], april["complete"]) == (1500, 700, False)
-    assert april["log_loss"] == found["log_loss"]
-    assert 0 < april["standard_error"] < found["standard_error"]  # of the loss, and of its rise
+    assert march["log_loss"] < found["log_loss"] < april["log_loss"]  # April's five days are judged with March's ten
+    assert (found["present"], found["start"], found["days"]) == (False, "2013-03-01", 15)
+    assert 0 < march["standard_error"] < found["standard_error"]  # of the loss, and of its rise
     assert 0 < april["auc_standard_error"] < 0.1
     nothing = judge(unlabelled(rows(3, "2013-04-01")))["windows"][0]
     assert (nothing["labelled_rows"], nothing["log_loss"], nothing["standard_error"]) == (0, None, None)

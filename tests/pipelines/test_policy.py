@@ -18,6 +18,7 @@ from pipelines.state import Decision, State, Window
 
 PERFORMANCE = {"kind": "performance", "max_rise": 0.03, "min_rows": 1000}
 ESTIMATED = {"kind": "estimated_performance", "max_rise": 0.05, "min_rows": 1000}
+AVOIDABLE = {"kind": "avoidable_loss", "min_gain": 0.001, "min_rows": 1000}
 DRIFT = {"kind": "drift"}
 SCHEDULE = {"kind": "schedule", "every_days": 92}
 TWO_OF_THREE = {"windows": 2, "of": 3}
@@ -83,7 +84,7 @@ def test_policy_worse_than_its_bound_retrains_for_that_reason():
         ({"rise": 0.025, "worse": True}, "bound 0.03"),
         ({"rise": 0.08, "standard_error": 0.05}, "± 0.050, bound 0.03, but within 2 standard errors"),
         ({"rise": 0.5, "worse": True, "labelled_rows": 999}, "not judged, 999 labelled rows of at least 1,000"),
-        ({"rise": 0.5, "worse": None, "standard_error": None}, "from one day: two at least are needed to judge"),
+        ({"rise": 0.5, "worse": None, "standard_error": None}, "bound 0.03, from too few days to judge"),
         ({"measured": False}, "performance: not judged, it was not measured"),
         ({"rise": -0.02}, "log loss better by 0.020 ± 0.010, bound 0.03"),
     ],
@@ -104,6 +105,45 @@ def test_policy_estimated_loss_above_its_bound_retrains_before_labels_are_in():
 def test_policy_without_an_estimate_does_not_judge_it():
     found = policy({**verdict(), "estimate": None}, settings(ESTIMATED), Past())
     assert found["summary"] == "WAIT · estimated performance: not judged, 0 rows of at least 1,000"
+
+
+def avoided(lower: float, **changes: Any) -> dict[str, Any]:
+    """Performance as it is, with an avoidable loss that is surely above ``lower``."""
+    part = {"measured": True, "rows": 5000, "loss": 0.006, "standard_error": 0.0021, "lower": lower}
+    return {"performance": {"avoidable": part | changes}}
+
+
+@pytest.mark.parametrize(("lower", "expected"), [(0.001, "wait"), (0.0011, "retrain")])
+def test_policy_loss_that_could_surely_be_avoided_retrains_above_its_bound(lower, expected):
+    found = policy(verdict(**avoided(lower)), settings(AVOIDABLE), Past())
+    assert found["verdict"] == expected
+    assert found["reasons"] == [
+        f"avoidable loss: 0.0060 ± 0.0021 log loss, surely more than {lower:.4f}, bound 0.001",
+    ]
+
+
+@pytest.mark.parametrize("part", [avoided(0.5, rows=999), {"performance": {"avoidable": {"measured": False}}}, QUIET])
+def test_policy_avoidable_loss_that_was_not_measured_or_on_few_rows_waits(part):
+    found = policy(verdict(**part), settings(AVOIDABLE), Past())
+    assert found["summary"].startswith("WAIT · avoidable loss: not judged, ")
+
+
+def test_policy_daily_windows_that_were_judged_on_the_same_labelled_rows_count_once():
+    """A day's window is judged with the six before it: the one of the day before shares six of its seven days."""
+
+    def day(number: int) -> dict[str, Any]:
+        judged = {"start": f"2013-07-{number - 6:02}", "end": f"2013-07-{number + 1:02}"}
+        return {"start": f"2013-07-{number:02}", "end": f"2013-07-{number + 1:02}", "judged": judged}
+
+    def seen(number: int) -> Window:
+        one = day(number)
+        found = verdict(3, one["start"], one["end"], performance={"worse": True, "rise": 0.08, **one["judged"]})
+        return Window(one["start"], one["end"], 3, "wait", numbers(found), "", "")
+
+    both, now = settings({**PERFORMANCE, "windows": 2, "of": 2}), day(29)
+    last = verdict(3, now["start"], now["end"], performance={"worse": True, "rise": 0.08, **now["judged"]})
+    assert policy(last, both, Past([seen(n) for n in range(23, 29)]))["verdict"] == "wait"
+    assert policy(last, both, Past([seen(n) for n in range(22, 29)]))["verdict"] == "retrain"
 
 
 def test_policy_raised_inputs_retrain_and_name_the_critical_columns():
@@ -195,8 +235,8 @@ def test_policy_windows_that_overlap_count_once():
 
 def test_policy_windows_that_were_judged_on_the_same_labelled_rows_count_once():
     """Where labels are late, performance judges the newest window with enough of them, maybe a second time."""
-    may = {"performance": {"rise": 0.08, "worse": True, "start": "2013-05-01"}}
-    april = {"performance": {"rise": 0.08, "worse": True, "start": "2013-04-01"}}
+    may = {"performance": {"rise": 0.08, "worse": True, "start": "2013-05-01", "end": "2013-06-01"}}
+    april = {"performance": {"rise": 0.08, "worse": True, "start": "2013-04-01", "end": "2013-05-01"}}
     both = settings({**PERFORMANCE, "windows": 2, "of": 2})
     assert policy(verdict(**may), both, Past([window(6, **may)]))["verdict"] == "wait"
     assert policy(verdict(**may), both, Past([window(5, **april), window(6, **may)]))["verdict"] == "retrain"

@@ -223,6 +223,16 @@ def test_score_labels_that_came_since_complete_the_batch_before(champion, tables
     assert logged(tmp_path / "out").to_numpy().tolist() == [["2013-02-01", 7, 40, 33], ["2013-02-11", 7, 40, 25]]
 
 
+def test_score_logged_rows_have_the_features_of_now(scored, champion):
+    """The avoidable loss is learnt from them."""
+    out, _ = scored
+    names = ["key", *champion.features.names]
+    batch, kept = (pd.read_parquet(out / f"{name}.parquet")[names] for name in ("predictions", "logged"))
+    pd.testing.assert_frame_equal(
+        kept.sort_values("key", ignore_index=True), batch.sort_values("key", ignore_index=True)
+    )
+
+
 def test_score_logged_row_that_is_gone_stays_without_a_label(champion, tables, tmp_path):
     write(tmp_path / "tables" / "events" / "all.parquet", events().query("id != 'e126'"), EVENTS.arrow)
     run(champion, tables, tmp_path / "out")
@@ -253,7 +263,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) 
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("BALLAST_VAR", str(tmp_path / "var"))
     monkeypatch.setattr("sys.argv", ["score", *arguments])
-    judging = "{earlier_windows: 2, min_rows: 10, standard_errors: 2, calibration_bins: 5, seed: 1}"
+    judging = "{earlier_windows: 2, min_rows: 10, min_days: 7, standard_errors: 2, confidence: 0.95, "
+    judging += "calibration_bins: 5, seed: 1}"
     (tmp_path / "params.yaml").write_text(
         f'as_of: "2013-02-11"\nscore: {{}}\nperformance: {judging}\nregister: {{model: events}}\n'
     )
