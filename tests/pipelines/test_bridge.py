@@ -132,8 +132,8 @@ def test_bridge_airflow_away_is_tried_with_one_alert_for_all(
     for number in range(20):
         assert outcomes(bridge, delivery(f"a{number}")) == ["accepted"]
     time.sleep(0.5)
-    assert fake.posts <= 4  # 0, 0.25 and 0.75 s after the first
-    assert sum(one.tries for one in state.alerts("waiting")) == fake.posts
+    tried = sum(one.tries for one in state.alerts("waiting"))
+    assert tried <= fake.posts <= tried + 1 <= 5  # 0, 0.25 and 0.75 s after the first; one may be in hand
     fake.mode = "up"
     wait_until_empty(state)
     assert set(fake.runs.values()) == {1} and len(fake.runs) == 20

@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.exporter import FIRST, fill
-from pipelines import exporter, facts, freeze, runfacts
+from pipelines import embedded, exporter, facts, freeze, runfacts
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import write_json
 from pipelines.places import ROOT
@@ -299,7 +299,7 @@ def test_airflow_needs_its_user_and_password_where_an_address_is_given(monkeypat
     monkeypatch.setenv("BALLAST_AIRFLOW_URL", "http://127.0.0.1:1")
     monkeypatch.delenv("BALLAST_AIRFLOW_PASSWORD_FILE", raising=False)
     with pytest.raises(BallastError, match="Set both, or none of the three"):
-        exporter.airflow()
+        embedded.connect()
 
 
 def test_server_on_a_taken_port_says_what_to_do():
