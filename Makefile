@@ -1,7 +1,8 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test test-e2e test-alerts check bench-quality bench-train bench-drift
+.PHONY: help setup run up down test test-e2e test-alerts test-compose check bench-quality bench-train bench-drift
+.PHONY: secrets compose-images compose-up compose-down compose-logs compose-upgrade compose-backup compose-restore
 .NOTPARALLEL:
 
 unexport PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -11,6 +12,10 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
 BIN := .venv/bin
+# COMPOSE_FILES adds files to docker-compose.yml, such as -f gpu.yml; PROFILES adds parts of it: make compose-up PROFILES=monitoring
+SECRETS := deploy/secrets/stack.env
+COMPOSE := docker compose --env-file $(SECRETS) -f docker-compose.yml $(COMPOSE_FILES) $(foreach profile,$(PROFILES),--profile $(profile))
+WORKERS := 1
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -31,13 +36,16 @@ down: ## Stop everything that `make run` started
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.stack down; else echo 'nothing was running'; fi
 
 test: setup ## The test suite
-	@$(BIN)/pytest -n 2 -m 'not e2e'
+	@$(BIN)/pytest -n 2 -m 'not e2e and not compose'
 
 test-e2e: setup ## The tests that start the real stack
 	@$(BIN)/pytest -m e2e
 
 test-alerts: setup ## Of those the way of an alert, with real Prometheus and Alertmanager: metric, rule, bridge, run
 	@$(BIN)/pytest -m e2e tests/e2e/test_alerts.py
+
+test-compose: setup ## The tests that build the images and start the Compose stack; they need a Docker engine
+	@$(BIN)/pytest -m compose -s
 
 check: setup ## Format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check
@@ -53,3 +61,31 @@ bench-train: setup ## What a training step costs, and how long training takes to
 
 bench-drift: setup ## How often the monitor raises for nothing, and how small a shift it finds, beside Evidently's preset
 	@$(BIN)/python -m benchmarks.drift
+
+secrets: ## Make the secrets of the Compose stack, in deploy/secrets; what is there stays
+	@python3 scripts/make_secrets.py
+
+compose-images: secrets ## Build the two images of the Compose stack from the commit that is checked out
+	@git bundle create --quiet deploy/project.bundle HEAD
+	@BALLAST_COMMIT=$$(git rev-parse HEAD) $(COMPOSE) build airflow-init project
+
+compose-up: compose-images ## Start the Compose stack: make compose-up WORKERS=2 PROFILES=monitoring
+	@$(COMPOSE) up --detach --no-build --scale worker=$(WORKERS)
+	@sh scripts/compose_wait.sh $(COMPOSE)
+
+compose-down: ## Stop the Compose stack; its volumes stay
+	@$(COMPOSE) --profile '*' down
+
+compose-logs: ## Follow what the services of the Compose stack say
+	@$(COMPOSE) logs --follow --tail=100
+
+compose-upgrade: compose-images ## Bring the Compose stack to the commit that is checked out, after a backup
+	@$(MAKE) --no-print-directory compose-backup
+	@$(COMPOSE) stop scheduler dag-processor triggerer worker api-server
+	@$(MAKE) --no-print-directory compose-up
+
+compose-backup: ## Back the running Compose stack up: databases, artifacts, ledger, data (BACKUP names the folder)
+	@sh scripts/compose_backup.sh "$(or $(BACKUP),backups/$(shell date -u +%Y%m%dT%H%M%SZ))" $(COMPOSE)
+
+compose-restore: ## Put the Compose stack back as a backup has it: make compose-restore BACKUP=backups/20260101T000000Z
+	@sh scripts/compose_restore.sh "$(BACKUP)" $(COMPOSE)

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,10 +97,13 @@ def owned(workspace: Workspace) -> Iterator[int]:
 
 
 def note_step(descriptor: int, process_group: int | None) -> None:
-    """Write the step's process group into the lock, so that a later runner can end an orphan; None once it ended."""
+    """Write the step's process group into the lock, so that a later runner can end an orphan; None once it ended.
+
+    With the host: in another worker's container the number is another process's.
+    """
     os.ftruncate(descriptor, 0)
     if process_group is not None:
-        os.pwrite(descriptor, str(process_group).encode(), 0)
+        os.pwrite(descriptor, f"{process_group} {socket.gethostname()}".encode(), 0)
 
 
 def _take(descriptor: int, root: Path) -> None:
@@ -117,8 +121,8 @@ def _take(descriptor: int, root: Path) -> None:
 
 def _end_orphan(descriptor: int, root: Path) -> None:
     """End a step whose runner is gone (its parent is no longer a runner of this workspace)."""
-    group = os.pread(descriptor, 20, 0).decode()
-    if not group or _runner_lives(int(group)):
+    group, _, host = os.pread(descriptor, 300, 0).decode().partition(" ")
+    if not group or host != socket.gethostname() or _runner_lives(int(group)):
         return
     log.warning("ending process group %s, left behind in %s by a killed runner", group, root)
     with suppress(ProcessLookupError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,8 @@ from ballast_operators import (
 # One slot each, made with the stack: one training at a time on a GPU, one writer to the registry.
 TRAINING_POOL = "training"
 PROMOTION_POOL = "promotion"
+# Which workers train, where there are several: those with a GPU listen to a queue of their own.
+TRAIN_QUEUE = os.environ.get("BALLAST_TRAIN_QUEUE") or "default"
 
 TELL = ballast_notify.callbacks()
 TOLD: dict[str, Any] = {"on_success_callback": TELL}  # of the steps whose verdict a person may want to hear of
@@ -69,7 +72,7 @@ def retrain() -> None:
     )
     chain(
         prepare,
-        StepOperator(step="train", pool=TRAINING_POOL, execution_timeout=timedelta(hours=6)),
+        StepOperator(step="train", queue=TRAIN_QUEUE, pool=TRAINING_POOL, execution_timeout=timedelta(hours=6)),
         StepOperator(step="evaluate"),
         StepOperator(step="register", pool=PROMOTION_POOL),
         StepOperator(step="decide", branches={"promote": ready.task_id, "refuse": refused.task_id}, **TOLD),

@@ -41,7 +41,8 @@ class MlflowLink(BaseOperatorLink):
 
     def get_link(self, operator: BaseOperator, *, ti_key: TaskInstanceKey) -> str:
         """The page of the step's model version or run, empty until the step has ended well."""
-        server, result = os.environ.get("MLFLOW_TRACKING_URI", ""), getattr(operator, "result", {})
+        server = os.environ.get("BALLAST_MLFLOW_URL") or os.environ.get("MLFLOW_TRACKING_URI", "")
+        result = getattr(operator, "result", {})
         if not server.startswith("http"):
             return ""
         if "run_id" in result and "experiment_id" in result:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,18 @@ def test_replay_hands_on_what_the_events_carry(dags: dict[str, Any]) -> None:
         ("retrain_on_drift", "challenger_ready", replay.READY),
     ):
         assert dags[name].get_task(task).keys == list(keys), f"{name}: give pipelines/replay.py the same keys"
+
+
+def test_train_goes_to_the_queue_that_the_environment_names() -> None:
+    code = (
+        "from airflow.sdk import DAG; from ballast_chain import retrain\n"
+        "with DAG('any') as dag: retrain()\n"
+        "print({task.task_id: task.queue for task in dag.tasks})"
+    )
+    env = os.environ | {"BALLAST_TRAIN_QUEUE": "gpu", "PYTHONPATH": str(DAGS.parent / "plugins")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=DAGS, env=env, capture_output=True, text=True, check=True)
+    queues = ast.literal_eval(done.stdout.strip().splitlines()[-1])
+    assert {task for task, queue in queues.items() if queue == "gpu"} == {"train"}
 
 
 def test_pools_of_one_slot_guard_training_and_the_registry(dags: dict[str, Any]) -> None:

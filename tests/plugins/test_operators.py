@@ -329,3 +329,5 @@ def test_links_lead_to_the_page_in_mlflow_only_once_it_is_there(monkeypatch: pyt
     assert report.get_link(step, ti_key=key) == f"{artifacts}/monitor/2013-04-01..2013-05-01/index.html"
     step.result = {"model": "flights", "version": 3, "page": "reports/x.html"}
     assert report.get_link(step, ti_key=key) == ""
+    monkeypatch.setenv("BALLAST_MLFLOW_URL", "https://mlflow.example.com")  # where people find it, not the tasks
+    assert mlflow.get_link(step, ti_key=key) == "https://mlflow.example.com/#/models/flights/versions/3"

@@ -1,0 +1,21 @@
+#!/bin/sh
+# compose_backup.sh FOLDER COMPOSE…: all that cannot be made again, into a new folder; whole or not there at all.
+# In this order, as each refers to the ones after it: the ledger to versions, versions to artifacts and data.
+set -eu
+into=$1
+shift
+[ ! -e "$into" ] || { echo "error: $into is there already. Name another: make compose-backup BACKUP=FOLDER" >&2; exit 1; }
+umask 077
+part=$into.part
+rm -rf "$part"
+mkdir -p "$part"
+for database in ballast mlflow mlflow_auth airflow; do
+    "$@" exec -T postgres pg_dump --username=postgres --format=custom "$database" >"$part/$database.dump"
+done
+"$@" run --rm -T --no-deps storage-init python /opt/ballast/deploy/objects.py out >"$part/objects.tar"
+# All of the volume but what runs can make again: their workspaces and DVC's notes.
+"$@" run --rm -T --no-deps project tar -C /var/lib/ballast --exclude=./runs --exclude=./dvc-site -c . >"$part/var.tar"
+"$@" run --rm -T --no-deps project tar -C /project -c . >"$part/project.tar"
+(cd "$part" && sha256sum -- *.dump *.tar >SHA256SUMS)
+mv "$part" "$into"
+echo "backed up to $into ($(du -sh "$into" | cut -f1)). The secrets are not in it: keep deploy/secrets/stack.env too."

@@ -1,0 +1,19 @@
+#!/bin/sh
+# compose_wait.sh COMPOSE…: wait until every service is healthy; say how long it took, or who is not and what it says.
+set -eu
+began=$(date +%s)
+within=${COMPOSE_WAIT_S:-300}
+while :; do
+    lacking=$("$@" ps --all --format '{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}' |
+        awk '!($2 == "running" && $3 == "healthy") && !($2 == "exited" && $NF == 0) { print $1 }' | sort -u)
+    [ -n "$lacking" ] || break
+    if [ $(($(date +%s) - began)) -gt "$within" ]; then
+        for service in $lacking; do
+            "$@" logs --no-color --tail 15 "$service" >&2
+        done
+        echo "error: not healthy after $within s: $(echo $lacking)" >&2
+        exit 1
+    fi
+    sleep 1
+done
+echo "all services are healthy, $(($(date +%s) - began)) s after they were started"

@@ -1,0 +1,123 @@
+"""What Dockerfile, docker-compose.yml and the secrets' maker promise, as far as it shows without an engine."""
+
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+PUBLISHED = {"api-server", "mlflow", "grafana"}
+ONCE = {"airflow-init", "project", "storage-init", "mlflow-init", "bridge-init"}
+sys.path.insert(0, str(ROOT / "scripts"))
+from make_secrets import SECRETS, make  # noqa: E402
+
+
+def test_ports_only_user_interfaces_published_on_loopback() -> None:
+    assert {name for name, service in SERVICES.items() if "ports" in service} == PUBLISHED
+    for name in PUBLISHED:
+        assert all(port.startswith("${BALLAST_BIND:-127.0.0.1}:") for port in SERVICES[name]["ports"]), name
+    started = {name for name in PUBLISHED if "profiles" not in SERVICES[name]}
+    assert started == {"api-server", "mlflow"}
+
+
+def test_networks_only_two_lead_out() -> None:
+    inner = {name for name, network in COMPOSE["networks"].items() if network.get("internal")}
+    assert set(COMPOSE["networks"]) - inner == {"edge", "outside"}
+    for name in ("postgres", "redis", "s3"):
+        assert set(SERVICES[name]["networks"]) <= inner, name
+
+
+def test_volumes_no_service_holds_the_engine() -> None:
+    mounted = [str(volume) for service in SERVICES.values() for volume in service.get("volumes", [])]
+    assert mounted
+    assert not [volume for volume in mounted if "docker.sock" in volume or volume.startswith("/")]
+
+
+def test_secrets_every_one_is_made_and_none_has_a_default() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    asked = set(re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY|TOKEN)\w*):\?run make secrets\}", text))
+    named = set(re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY|TOKEN)\w*)", text))
+    assert asked == named <= set(SECRETS)
+    assert set(SECRETS) - asked == set()
+
+
+def test_worker_holds_nothing_of_airflow_s_database() -> None:
+    held = SERVICES["worker"]["environment"]
+    assert not [name for name in held if "SQL_ALCHEMY" in name or "FERNET" in name or "JWT" in name]
+    assert "${AIRFLOW_DB_PASSWORD" not in str(SERVICES["worker"])
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_service_is_confined_limited_and_watched(name: str) -> None:
+    service = SERVICES[name]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not service.get("privileged")
+    assert service["mem_limit"] and service["pids_limit"]
+    assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}
+    assert not service["image"].endswith(":latest") and ":" in service["image"]
+    if service["image"].startswith("ballast-"):
+        assert service["read_only"]
+        assert name in ONCE or "BALLAST_HEALTH" in service["environment"]
+    else:
+        assert "healthcheck" in service
+
+
+def test_depends_on_always_names_a_condition() -> None:
+    for name, service in SERVICES.items():
+        for needed, how in service.get("depends_on", {}).items():
+            assert how["condition"] in ("service_healthy", "service_completed_successfully"), (name, needed)
+            assert (how["condition"] == "service_completed_successfully") == (needed in ONCE), (name, needed)
+
+
+def test_dockerfile_targets_run_without_root_from_a_pinned_base() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert "ARG BASE=python:3.11-slim-bookworm" in lines
+    stages = "\n".join(lines).split("\nFROM ")
+    for target in ("airflow", "pipeline"):
+        stage = next(stage for stage in stages if stage.splitlines()[0].endswith(f" AS {target}"))
+        users = re.findall(r"(?m)^USER (\S+)", stage)
+        assert users == ["ballast"], target
+        assert "HEALTHCHECK" in stage and "org.opencontainers.image.revision" in stage
+    assert not [line for line in lines if re.match(r"ADD |.*(curl|wget) .*\| *(ba)?sh|.*sudo ", line)]
+
+
+def test_make_secrets_are_the_owner_s_alone_and_stay(tmp_path: Path) -> None:
+    file = tmp_path / "secrets" / "stack.env"
+    assert set(make(file)) == set(SECRETS)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    before = file.read_text()
+    assert len({line.partition("=")[2] for line in before.splitlines()}) == len(SECRETS)
+    assert make(file) == []
+    kept, dropped = before.splitlines()[:-1], before.splitlines()[-1]
+    file.write_text("\n".join(kept) + "\n")
+    assert make(file) == [dropped.partition("=")[0]]
+    assert file.read_text().splitlines()[:-1] == kept
+
+
+def test_tree_holds_no_secret() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    shapes = re.compile(
+        rb"-----BEGIN [A-Z ]*PRIVATE KEY|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36}|xox[abprs]-[0-9A-Za-z-]{20}"
+        rb"|(?:PASSWORD|SECRET|TOKEN|FERNET_KEY)=[0-9A-Za-z_-]{24}"
+    )
+    found = []
+    for name in listed.decode().split("\0"):
+        file = ROOT / name
+        if name and file.is_file() and name != "uv.lock" and shapes.search(file.read_bytes()):
+            found.append(name)
+    assert found == []
+
+
+def test_git_ignores_secrets_backups_and_bundle() -> None:
+    paths = ["deploy/secrets/stack.env", "backups/x/airflow.dump", "deploy/project.bundle"]
+    done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == paths
