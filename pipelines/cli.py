@@ -612,6 +612,39 @@ def _show_reproduction(found: dict[str, Any]) -> None:
         _line(out, "", _plain(reason))
 
 
+# --- gc
+
+
+@app.command(epilog="Example: ballast gc --days 30 --yes")
+def gc(
+    keep: Annotated[int, typer.Option(min=0, help="Of each DAG: the workspaces of the last runs that ended well.")] = 3,
+    days: Annotated[
+        int, typer.Option(min=0, help="For so long stay a failed run's workspace, a refused model, data nobody names.")
+    ] = 14,
+    reports: Annotated[int, typer.Option(min=0, help="Evidently's reports on the last windows.")] = 12,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without it nothing is touched.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What can go: old workspaces, refused models, old reports, unnamed data. It goes only with --yes."""
+    from pipelines import gc as collecting
+
+    found = (collecting.collect if yes else collecting.plan)(keep, days, reports)
+    total = sum(waste.bytes for waste in found)
+    if as_json:
+        shown = [{"kind": one.kind, "name": one.name, "why": one.why, "bytes": one.bytes} for one in found]
+        _print_json({"removed": yes, "bytes": total, "waste": shown})
+        return
+    out = _console()
+    for one in found:
+        _line(out, one.kind, f"{_plain(one.name):<48} {_megabytes(one.bytes):>10}   {_plain(one.why)}")
+    ends = "removed" if yes else "would go; nothing was touched. `ballast gc --yes` removes it"
+    _line(out, "together", f"{_megabytes(total)} {ends}" if found else "nothing can go")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
 # --- replay
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines import approval, champion, provenance, record, registry, stage
 from pipelines.errors import BallastError, Conflict, Held, exit_with
 from pipelines.state import Entry, State, freeze_words, frozen, moves, quarantined, said_by, today
+from pipelines.workspace import using
 
 
 def promote(version: int, record_sha256: str, state: State) -> dict[str, Any]:
@@ -64,15 +65,16 @@ def force(version: int, reason: str, state: State, head: str | None = None) -> d
     ``head`` is the champion's move that the person saw; raises Conflict if it has moved since.
     """
     reason = provenance.stated(reason, "A promotion by force")
-    around = "; ".join(against(version, state)) or "nothing: its record holds"
-    entry = state.append(
-        "force",
-        version,
-        head=head or state.head(),
-        reason=f"{reason} · went round: {around}",
-        actor=provenance.actor(),
-        as_of=today(state),
-    )
+    with using():
+        around = "; ".join(against(version, state)) or "nothing: its record holds"
+        entry = state.append(
+            "force",
+            version,
+            head=head or state.head(),
+            reason=f"{reason} · went round: {around}",
+            actor=provenance.actor(),
+            as_of=today(state),
+        )
     champion.project(state)
     registry.set_tags(version, {"ballast.forced": f"{entry.at} by {entry.actor}: {entry.reason}"})
     before = f"v{entry.from_version}" if entry.from_version else "none"
@@ -89,7 +91,7 @@ def force(version: int, reason: str, state: State, head: str | None = None) -> d
 
 def against(version: int, state: State) -> list[str]:
     """What stands against promoting ``version``, in words; raise BallastError if it is champion or is not there."""
-    digest, ledger = registry.version(version).digest, state.ledger()
+    digest, ledger = registry.whole(version).digest, state.ledger()
     if state.champion() == version:
         raise BallastError(f"v{version} is the champion already.")
     freeze = frozen(ledger)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipelines import params, places, tracking
 from pipelines.errors import BallastError, TryAgain
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature
 
 LOCK = "ballast.lock"
+COLLECTED = "ballast.collected"  # when `ballast gc` removed the artifacts of a refused version
 # What the pyfunc of a version needs beside this package; named here, so that MLflow infers nothing by running it.
 REQUIREMENTS = (
     "mlflow",
@@ -81,7 +82,7 @@ def register(
     """
     with speaking(), locked(places.var() / "mlflow" / "register"):
         for known in versions():
-            if (known.digest, known.lock) == (digest, lock):
+            if (known.digest, known.lock) == (digest, lock) and COLLECTED not in known.tags:
                 return known, False
         model_id = _log_model(folder, features, run_id)
         _make_sure_of_model()
@@ -163,6 +164,17 @@ def version(number: int) -> Version:
     raise BallastError(f"The registry has no {name()} v{number} (found {there}).")
 
 
+def whole(number: int) -> Version:
+    """One version whose model is there; raise BallastError if `ballast gc` has removed it."""
+    found = version(number)
+    if when := found.tags.get(COLLECTED):
+        raise BallastError(
+            f"The model of v{number} is gone: the gate had refused it, and `ballast gc` removed it on {when[:10]}. "
+            "Train again; an equal model is registered as a new version."
+        )
+    return found
+
+
 def _version(found: ModelVersion) -> Version:
     tags = dict(found.tags)
     created = datetime.fromtimestamp(found.creation_timestamp / 1000, UTC)
@@ -187,7 +199,7 @@ def model(number: int) -> Path:
 
     Raises BallastError if the registry holds another model than the one that was registered under this number.
     """
-    wanted = version(number)
+    wanted = whole(number)
     folder = places.var() / "models" / wanted.digest
     with speaking(), locked(folder):
         if not folder.exists():
@@ -235,6 +247,38 @@ def kept(version: Version, under: str) -> bytes | None:
 def records(lock: str) -> str:
     """The artifact folder of what was made under one dvc.lock: two versions of the same model may share a run."""
     return f"records/{lock[:12]}"
+
+
+# --- what is no longer needed
+
+
+def size(number: int) -> int:
+    """The bytes of a version's artifacts in MLflow; 0 where they are gone."""
+    with speaking():
+        store, waiting, total = _artifacts(number), [""], 0
+        while waiting:
+            for found in store.list_artifacts(waiting.pop() or None):
+                if found.is_dir:
+                    waiting.append(found.path)
+                total += found.file_size or 0
+    return total
+
+
+def collect(number: int) -> None:
+    """Remove a version's model from MLflow; its tags and its run's records stay. The mark comes first."""
+    with speaking(), locked(places.var() / "mlflow" / "register"):
+        if COLLECTED not in version(number).tags:
+            set_tags(number, {COLLECTED: datetime.now(UTC).isoformat(timespec="seconds")})
+        store = _artifacts(number)
+        for found in store.list_artifacts():
+            store.delete_artifacts(found.path)
+
+
+def _artifacts(number: int) -> Any:
+    """MLflow's store of a version's artifacts."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    return get_artifact_repository(client().get_model_version_download_uri(name(), str(number)))
 
 
 # --- aliases

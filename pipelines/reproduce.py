@@ -28,7 +28,7 @@ from pipelines.errors import BallastError, TryAgain
 from pipelines.files import read_json, sha256
 from pipelines.processes import die_with_parent
 from pipelines.registry import Version
-from pipelines.workspace import clone, share_cache
+from pipelines.workspace import clone, share_cache, using
 
 STAGES = ("prepare", "train", "evaluate")
 """What is run again. What was landed and validated is taken by its hash: the source may answer otherwise now."""
@@ -89,7 +89,7 @@ def reproduce(
     records = _records(version)
     _check_consistent(number, records.stages)
     registered = registry.model(number)
-    with _scratch() as root:
+    with using(), _scratch() as root:
         _lay_out(version, records, root)
         say("code", f"commit {records.commit[:12]} · {', '.join(STAGES)} are run again, nothing cached")
         taken = _take_data(number, records.stages, root)

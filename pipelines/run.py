@@ -25,7 +25,7 @@ from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, ensure, note_step, owned
+from pipelines.workspace import Workspace, ensure, note_step, owned, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -207,10 +207,11 @@ def main() -> None:
     die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:
         raise TryAgain("The process that asked for this step is gone. Nothing was done.")
-    workspace = ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
-    env = environment(options.dag_id, options.run_id)
-    env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / f"links-{options.step}.json")
-    result = run(options.step, workspace, arguments, env)
+    with using():
+        workspace = ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
+        env = environment(options.dag_id, options.run_id)
+        env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / f"links-{options.step}.json")
+        result = run(options.step, workspace, arguments, env)
     print("\n" + RESULT + json.dumps(result), flush=True)
 
 

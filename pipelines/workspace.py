@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from pipelines import params
+from pipelines import params, places
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import sha256, whole_folder
 from pipelines.places import ROOT, var
@@ -94,6 +94,33 @@ def owned(workspace: Workspace) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def using() -> Iterator[None]:
+    """Be in what ``ballast gc`` may not remove: waits for the seconds that a collection takes, and keeps others out."""
+    with _collection(fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Have everything to oneself; raise TryAgain while somebody is ``using`` it, or collects."""
+    with _collection(fcntl.LOCK_EX | fcntl.LOCK_NB):
+        yield
+
+
+@contextmanager
+def _collection(how: int) -> Iterator[None]:
+    """The lock lies with the checkout: whoever shares its DVC cache shares it, wherever his own state may be."""
+    path = places.ROOT / ".dvc" / "tmp" / "ballast-gc.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            raise TryAgain("A step, a reproduction or another `ballast gc` runs. Wait for it to end.") from None
+        yield
 
 
 def note_step(descriptor: int, process_group: int | None) -> None:
@@ -180,14 +207,19 @@ def _refuse_foreign_lock(root: Path) -> None:
 
 def share_cache(origin: Path, root: Path) -> None:
     """Share the origin's cache and remote: ``config.local`` does not travel, and relative paths would not hold."""
-    from dvc.repo import Repo
-
     config = configparser.ConfigParser()
     config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
-    config["cache"] = {"dir": Repo(str(origin)).cache.local.path.removesuffix("/files/md5")}
+    config["cache"] = {"dir": str(cache(origin))}
     config["'remote \"local\"'"] = {"url": str(var() / "dvc-remote")}
     with (root / ".dvc" / "config.local").open("w") as file:
         config.write(file)
+
+
+def cache(origin: Path) -> Path:
+    """Where the DVC cache of a checkout lies."""
+    from dvc.repo import Repo
+
+    return Path(Repo(str(origin)).cache.local.path.removesuffix("/files/md5"))
 
 
 def _set_as_of(file: Path, as_of: date) -> None:

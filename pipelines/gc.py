@@ -1,0 +1,248 @@
+"""What can go: workspaces of runs that are over, models that were refused, Evidently's old reports, data nobody names.
+
+What a champion, a past champion or the ledger refers to stays, and so does all that a run may still need: the landing
+store, the refs of the runs' commits, the prediction log and every verdict are never touched. Steps, reproductions and a
+collection keep out of each other's way by a lock (``workspace.using``, ``workspace.alone``). A collection that was
+killed is done again: what names goes before what is named.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pipelines import approval, embedded, places, registry, timeline, workspace
+from pipelines.errors import TryAgain
+from pipelines.state import State, moves
+from pipelines.workspace import git, name_of
+
+DAY_S = 86_400.0
+MD5 = re.compile(rb"\bmd5: ([0-9a-f]{32}(?:\.dir)?)\b")
+UNFINISHED, FAILED = ("queued", "running"), ("failed",)
+MANY = 100  # what Airflow tells at a time
+
+Kind = Literal["workspace", "model", "report", "data"]
+
+
+@dataclass(frozen=True)
+class Waste:
+    """Something that can go: its paths here, and for a model the version whose artifacts in MLflow go with it."""
+
+    kind: Kind
+    name: str
+    why: str
+    bytes: int
+    paths: Sequence[Path] = field(default=(), repr=False)
+    version: int | None = None
+
+
+def plan(keep: int, days: int, reports: int) -> list[Waste]:
+    """What can go, in the order in which it goes; nothing is touched.
+
+    The workspaces of the last ``keep`` runs of each DAG that ended well stay, and Evidently's reports on the last
+    ``reports`` windows; those of runs that failed, refused models and data without a name stay for ``days``.
+    """
+    state = State()
+    spaces = list(_workspaces(state, keep, days))
+    models = list(_models(state, days))
+    gone = {path for waste in spaces for path in waste.paths}
+    data = _data(gone, {waste.version for waste in models}, days)
+    return [*spaces, *models, *_reports(reports), *data]
+
+
+def collect(keep: int, days: int, reports: int) -> list[Waste]:
+    """Remove what can go, and return it. Raises TryAgain while a step, a reproduction or another collection runs."""
+    with workspace.alone():
+        found = plan(keep, days, reports)
+        for waste in found:
+            _remove(waste)
+        if any(waste.kind == "report" for waste in found):
+            timeline.show(State())
+    return found
+
+
+def _remove(waste: Waste) -> None:
+    if waste.version is not None:
+        registry.collect(waste.version)
+    for path in waste.paths:
+        if path.is_dir():
+            gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.old")
+            if gone != path:
+                shutil.rmtree(gone, ignore_errors=True)
+                path.rename(gone)  # at once: half a workspace would be taken for one
+            shutil.rmtree(gone)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# --- workspaces
+
+
+def _workspaces(state: State, keep: int, days: int) -> Iterator[Waste]:
+    busy, failed = _runs(state)
+    for dag in sorted(path for path in (places.var() / "runs").glob("*") if path.is_dir()):
+        spaces = sorted((path for path in dag.iterdir() if path.is_dir()), key=_touched, reverse=True)
+        ended_well = 0
+        for space in spaces:
+            name, idle = f"{dag.name}/{space.name}", (time.time() - _touched(space)) / DAY_S
+            if space.name.startswith("."):
+                yield Waste("workspace", name, "left behind by a kill", _size(space), [space])
+            elif name in busy or _is_held(space):
+                continue
+            elif failed is None or name in failed:
+                if idle > days:
+                    why = f"{'failed' if failed else 'not known to have ended well'}, untouched for {idle:.0f} days"
+                    yield Waste("workspace", name, why, _size(space), [space])
+            else:
+                ended_well += 1
+                if ended_well > keep and idle > 1:  # a person may work in it, step by step
+                    yield Waste("workspace", name, f"over, and not among the last {keep}", _size(space), [space])
+
+
+def _runs(state: State) -> tuple[set[str], set[str] | None]:
+    """The workspaces of runs that are not over, and of those that failed; None for these if Airflow does not answer."""
+    waiting = {entry.actor for entry in approval.waiting(state.ledger())}
+    try:
+        airflow = embedded.airflow()
+        unfinished, failed = airflow.runs(UNFINISHED, limit=MANY), airflow.runs(FAILED, limit=MANY)
+    except TryAgain:
+        under_way = {one.run for one in state.retrainings() if one.run and not one.ended_at}
+        return {_named(run) for run in waiting | under_way}, None
+    if len(unfinished) == MANY:
+        raise TryAgain(f"{MANY} runs or more are queued or running in Airflow. Wait until there are fewer.")
+    busy = {f"{run.dag_id}/{run.run_id}" for run in unfinished}
+    return {_named(run) for run in waiting | busy}, {_named(f"{run.dag_id}/{run.run_id}") for run in failed}
+
+
+def _named(run: str) -> str:
+    dag, _, run_id = run.partition("/")
+    return f"{name_of(dag)}/{name_of(run_id)}"
+
+
+def _touched(space: Path) -> float:
+    """When a step last began or ended there, in seconds since 1970."""
+    times = [space, space / "dvc.lock", space / ".dvc" / "tmp" / "ballast.lock"]
+    return max((path.stat().st_mtime for path in times if path.exists()), default=0.0)
+
+
+def _is_held(space: Path) -> bool:
+    """Whether a step works there, be it one that outlived its runner."""
+    lock = space / ".dvc" / "tmp" / "ballast.lock"
+    if not lock.exists():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# --- refused models
+
+
+def _models(state: State, days: int) -> Iterator[Waste]:
+    """The models of versions that the gate refused, and that nothing has moved or asked for."""
+    versions, refused = registry.versions(), _refused(state)
+    needed = {one.digest for one in versions if one.number not in refused}
+    for one in versions:
+        age = (time.time() - one.created_at.timestamp()) / DAY_S
+        if one.number in refused and age > days:
+            local = places.var() / "models" / one.digest
+            paths = [local] if local.exists() and one.digest not in needed else []
+            if size := registry.size(one.number) + sum(map(_size, paths)):
+                yield Waste("model", f"v{one.number}", f"refused {age:.0f} days ago", size, paths, one.number)
+
+
+def _refused(state: State) -> set[int]:
+    """The versions that the gate refused last, less those that an alias, or an entry of the ledger, speaks of."""
+    decisions, ledger = state.decisions(), state.ledger()
+    last = {decision.version: decision for decision in decisions}
+    records = {entry.record_sha256 for entry in ledger}
+    spoken_of = {decision.version for decision in decisions if decision.record_sha256 in records}
+    spoken_of |= {number for entry in moves(ledger) for number in (entry.from_version, entry.to_version) if number}
+    spoken_of |= set(registry.aliases().values())
+    return {number for number, decision in last.items() if decision.verdict == "refuse"} - spoken_of
+
+
+# --- reports
+
+
+def _reports(keep: int) -> Iterator[Waste]:
+    """Evidently's report is most of what a window takes; verdicts and pages are small, and the history needs them."""
+    folders = sorted(
+        (places.var() / "reports" / "monitor").glob("[!.]*..*"), key=lambda path: path.name.split("..")[::-1]
+    )
+    for folder in folders[: len(folders) - keep] if keep < len(folders) else []:
+        if (file := folder / "evidently.html").exists():
+            why = f"Evidently's report, not among the last {keep}"
+            yield Waste("report", folder.name, why, file.stat().st_size, [file])
+
+
+# --- data
+
+
+def _data(gone: set[Path], without: set[int | None], days: int) -> list[Waste]:
+    """The objects of DVC's cache that no dvc.lock names; the youngest may be of a stage that is yet to record them."""
+    cache = workspace.cache(places.ROOT) / "files" / "md5"
+    needed = _needed(cache, gone, without)
+    born_before = time.time() - max(days, 1) * DAY_S
+    idle = [
+        path
+        for path in cache.glob("[0-9a-f][0-9a-f]/*")
+        if path.parent.name + path.name not in needed and path.stat().st_mtime < born_before
+    ]
+    # Lists of files first: one that is still there promises its files.
+    idle.sort(key=lambda path: (path.suffix != ".dir", path))
+    size = sum(path.stat().st_size for path in idle)
+    why = f"no dvc.lock names them, untouched for {max(days, 1)} days"
+    return [Waste("data", f"{len(idle):,} objects of the DVC cache", why, size, idle)] if idle else []
+
+
+def _needed(cache: Path, gone: set[Path], without: set[int | None]) -> set[str]:
+    """What a dvc.lock names, of a workspace that stays, a version or a commit; and the files of its folders."""
+    texts = [path.read_bytes() for path in _locks() if not gone & set(path.parents)]
+    texts += [kept for one in registry.versions() if one.number not in without and (kept := _kept(one))]
+    texts += list(_committed())
+    found = {md5.decode() for text in texts for md5 in MD5.findall(text)}
+    for folder in [name for name in found if name.endswith(".dir")]:
+        with suppress(FileNotFoundError):
+            found |= {entry["md5"] for entry in json.loads((cache / folder[:2] / folder[2:]).read_bytes())}
+    return found
+
+
+def _kept(version: registry.Version) -> bytes | None:
+    return None if registry.COLLECTED in version.tags else registry.kept(version, "dvc.lock")
+
+
+def _locks() -> Iterator[Path]:
+    """The dvc.lock of the checkout and of every workspace, and what a killed commit left to go back to."""
+    roots = [places.ROOT, *(places.var() / "runs").glob("*/*"), *(places.var() / "replay").glob("**/runs/*/*")]
+    for root in roots:
+        yield from (path for path in (root / "dvc.lock", root / ".dvc" / "tmp" / "dvc.lock.before") if path.exists())
+
+
+def _committed() -> Iterator[bytes]:
+    """What is committed of DVC's own files, in the commit of every ref."""
+    for commit in {"HEAD", *git(places.ROOT, "for-each-ref", "--format=%(objectname)").split()}:
+        for path in git(places.ROOT, "ls-tree", "-r", "--name-only", commit).splitlines():
+            if path == "dvc.lock" or path.endswith((".dvc", "/dvc.lock")):
+                yield git(places.ROOT, "show", f"{commit}:{path}").encode()
+
+
+def _size(path: Path) -> int:
+    """The bytes of a file, or of all in a folder; what goes meanwhile counts for nothing."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file() and not one.is_symlink()]
+    total = 0
+    for one in files:
+        with suppress(FileNotFoundError):
+            total += one.stat().st_size
+    return total

@@ -1,0 +1,376 @@
+"""What `ballast gc` removes and what it never touches, on a real MLflow, state store, git repository and DVC cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+
+from pipelines import embedded, gc, places, promote, registry, workspace
+from pipelines.dagruns import Run
+from pipelines.errors import BallastError, TryAgain
+from pipelines.state import State
+from pipelines.workspace import name_of
+
+DAY_S = 86_400
+MARCH = date(2013, 3, 1)
+
+
+@dataclass
+class Airflow:
+    """What an Airflow says of its runs, by state."""
+
+    by_state: dict[str, list[str]] = field(default_factory=dict)
+
+    def runs(self, states: Sequence[str], limit: int = 100) -> list[Run]:
+        names = [name.split("/") for state in states for name in self.by_state.get(state, [])]
+        return [Run(dag, run, "", None, None, None, {}) for dag, run in names][:limit]
+
+
+@dataclass
+class Site:
+    """A checkout with a DVC cache of its own, and its var/."""
+
+    project: Project
+
+    @property
+    def root(self) -> Path:
+        return self.project.root
+
+    @property
+    def cache(self) -> Path:
+        return self.root / ".dvc" / "cache" / "files" / "md5"
+
+    def git(self, *arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=self.root, check=True, capture_output=True)
+
+    def object(self, text: str, days: float = 30) -> str:
+        return self._put(text.encode(), "", days)
+
+    def folder(self, *texts: str, days: float = 30) -> str:
+        """A folder in the cache, and its files."""
+        files = [{"md5": self.object(text, days), "relpath": text} for text in texts]
+        return self._put(json.dumps(files).encode(), ".dir", days)
+
+    def _put(self, data: bytes, suffix: str, days: float) -> str:
+        name = hashlib.md5(data).hexdigest() + suffix
+        path = self.cache / name[:2] / name[2:]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        age(path, days)
+        return name
+
+    def has(self, name: str) -> bool:
+        return (self.cache / name[:2] / name[2:]).exists()
+
+    def run(self, name: str, days: float, lock: str = "") -> Path:
+        space = places.var() / "runs" / name
+        (space / ".dvc" / "tmp").mkdir(parents=True)
+        (space / "dvc.lock").write_text(lock)
+        (space / ".dvc" / "tmp" / "ballast.lock").touch()
+        for path in (space / "dvc.lock", space / ".dvc" / "tmp" / "ballast.lock", space):
+            age(path, days)
+        return space
+
+    def runs(self) -> list[str]:
+        home = places.var() / "runs"
+        return sorted(str(path.relative_to(home)) for path in home.glob("*/*"))
+
+
+def age(path: Path, days: float) -> None:
+    then = time.time() - days * DAY_S
+    os.utime(path, (then, then))
+
+
+def lock(*names: str) -> str:
+    """A dvc.lock that names these objects."""
+    return "stages:\n  land:\n    outs:\n" + "".join(
+        f"    - path: {n}\n      md5: {name}\n" for n, name in enumerate(names)
+    )
+
+
+@pytest.fixture
+def site(project: Project, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setattr(places, "ROOT", project.root)
+    made = Site(project)
+    made.git("init", "-q")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=project.root, check=True)
+    made.git("add", "params.yaml")
+    made.git("commit", "-qm", "first")
+    return made
+
+
+def known(monkeypatch: pytest.MonkeyPatch, **by_state: list[str]) -> None:
+    monkeypatch.setattr(embedded, "airflow", lambda: Airflow(by_state))
+
+
+def collect(keep: int = 2, days: int = 14, reports: int = 2) -> list[str]:
+    return [waste.name for waste in gc.collect(keep, days, reports)]
+
+
+def test_collect_workspaces_keeps_the_last_that_ended_well_and_whatever_runs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        site.run(f"retrain/r{number}", days=30 - number)
+        site.run(f"monitor/m{number}", days=30 - number)
+    site.run("retrain/running", days=90)
+    site.run("retrain/queued", days=90)
+    site.run("retrain/failed", days=13)
+    site.run("retrain/failed-long-ago", days=15)
+    site.run(f"alert/{name_of('r:with:colons')}", days=90)
+    site.run("alert/by-hand", days=0.5)
+    known(
+        monkeypatch,
+        running=["retrain/running"],
+        queued=["retrain/queued", "alert/r:with:colons"],
+        failed=["retrain/failed", "retrain/failed-long-ago"],
+    )
+    collect(keep=2)
+    assert site.runs() == [
+        "alert/by-hand",
+        f"alert/{name_of('r:with:colons')}",
+        "monitor/m3",
+        "monitor/m4",
+        "retrain/failed",
+        "retrain/queued",
+        "retrain/r3",
+        "retrain/r4",
+        "retrain/running",
+    ]
+    collect(keep=0)
+    assert "alert/by-hand" in site.runs(), "touched within a day"
+
+
+def test_collect_workspaces_without_airflow_keeps_what_may_still_run(site: Site) -> None:
+    State().begin_retraining("retrain/under-way", MARCH, "schedule")
+    for name, days in {"retrain/under-way": 90, "retrain/new": 13, "retrain/old": 15}.items():
+        site.run(name, days)
+    collect(keep=0)
+    assert site.runs() == ["retrain/new", "retrain/under-way"]
+
+
+def test_collect_workspace_that_a_step_holds_is_left(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch)
+    space = site.run("retrain/orphan", days=90)
+    with (space / ".dvc" / "tmp" / "ballast.lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        collect(keep=0)
+        assert site.runs() == ["retrain/orphan"]
+    collect(keep=0)
+    assert site.runs() == []
+
+
+def test_collect_when_airflow_has_more_runs_than_it_tells_waits(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch, running=[f"d/r{number}" for number in range(120)])
+    with pytest.raises(TryAgain, match="100 runs or more"):
+        collect()
+
+
+def test_collect_data_leaves_what_anything_names(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch)
+    named = [site.object(f"named {n}") for n in range(4)]
+    inside = [hashlib.md5(text.encode()).hexdigest() for text in ("x", "y")]
+    folder, idle, idle_folder = site.folder("x", "y"), site.object("idle"), site.folder("y", "z")
+    young = site.object("young", days=1)
+    site.run("retrain/kept", days=2, lock=lock(named[0], folder))
+    space = site.run("retrain/older", days=3, lock=lock(idle))
+    guard = places.var() / "replay/plan/never/runs/d/r/.dvc/tmp/dvc.lock.before"
+    guard.parent.mkdir(parents=True)
+    guard.write_text(lock(named[1]))
+    (site.root / "dvc.lock").write_text(lock(named[2]))
+    site.git("add", "dvc.lock")
+    site.git("commit", "-qm", "lock")
+    site.git("update-ref", "refs/ballast/runs/d/r", "HEAD")
+    site.git("reset", "-q", "--hard", "HEAD~1")
+    (site.root / "dvc.lock").write_text(lock(named[3]))
+    collect(keep=1)
+    assert not space.exists()
+    assert [site.has(name) for name in (*named, folder, *inside, young)] == [True] * 8
+    assert [site.has(name) for name in (idle, idle_folder, hashlib.md5(b"z").hexdigest())] == [False] * 3
+
+
+def test_plan_touches_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, ballast: Any) -> None:
+    known(monkeypatch)
+    site.object("idle")
+    site.run("retrain/old", days=90)
+    (places.var() / "runs/retrain/.x.1234.part").mkdir()
+    before = snapshot(site)
+    code, out, _ = ballast("gc", "--keep", "0")
+    assert code == 0
+    assert "retrain/old" in out
+    assert "left behind by a kill" in out
+    assert "1 objects of the DVC cache" in out
+    assert "nothing was touched. `ballast gc --yes` removes it" in out
+    assert snapshot(site) == before
+    found = json.loads(ballast("gc", "--keep", "0", "--yes", "--json")[1])
+    assert found["removed"] is True
+    assert [one["kind"] for one in found["waste"]] == ["workspace", "workspace", "data"]
+    assert found["bytes"] == sum(one["bytes"] for one in found["waste"])
+    assert site.runs() == []
+    assert "nothing can go" in ballast("gc", "--keep", "0", "--yes")[1]
+
+
+def snapshot(site: Site) -> list[str]:
+    ours = [places.var() / "runs", site.cache, places.var() / "models", places.var() / "mlflow" / "artifacts"]
+    return sorted(str(path) for root in ours for path in root.rglob("*"))
+
+
+def versions(site: Site) -> None:
+    """v1 was champion, v2 is; v3 was refused and forced back out of, v4 refused and waits, v5 and v6 refused."""
+    site.project.prepare()
+    for number in range(1, 7):
+        (site.root / "dvc.lock").write_text(lock(site.object(f"of v{number}")))
+        digest = site.project.train(iterations=3 + number)
+        version = site.project.register()
+        record = site.project.decided(version, digest, "promote" if number in (1, 2) else "refuse")
+        if number in (1, 2):
+            promote.promote(version, record, State())
+        if number == 3:
+            promote.force(3, "we try it", State())
+            State().append("rollback", 2, head=State().head(), reason="no", actor="me", as_of=MARCH)
+        if number == 4:
+            State().note("ask", lambda ledger: None, reason="", actor="d/r", record_sha256=record)
+    (site.root / "dvc.lock").unlink()
+
+
+def test_collect_models_takes_only_refused_ones_that_nothing_speaks_of(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known(monkeypatch)
+    versions(site)
+    for number in (2, 5):
+        registry.model(number)
+    assert collect() == [], "none is 14 days old"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 15 * DAY_S)
+    gone = collect()
+    assert gone[:2] == ["v5", "v6"]
+    assert [site.has(hashlib.md5(f"of v{n}".encode()).hexdigest()) for n in range(1, 7)] == [True] * 4 + [False] * 2
+    local = {path.name for path in (places.var() / "models").iterdir() if path.is_dir()}
+    assert local == {registry.version(2).digest}
+    for number in (1, 2, 3, 4):
+        assert registry.model(number).is_dir()
+    with pytest.raises(BallastError, match=r"The model of v5 is gone: the gate had refused it, and `ballast gc`"):
+        registry.model(5)
+    with pytest.raises(BallastError, match=r"The model of v6 is gone"):
+        promote.force(6, "now", State())
+    assert registry.size(5) == 0
+    assert collect() == []
+
+
+def test_collected_model_that_is_made_again_is_a_new_version(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch)
+    site.project.prepare()
+    (site.root / "dvc.lock").write_text(lock("0" * 32))
+    digest = site.project.train()
+    site.project.decided(site.project.register(), digest, "refuse")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 15 * DAY_S)
+    assert collect() == ["v1"]
+    assert site.project.register() == 2
+    assert registry.model(2).is_dir()
+
+
+def test_collect_reports_leaves_verdicts_and_the_last_windows(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch)
+    shown: list[State] = []
+    monkeypatch.setattr(gc.timeline, "show", shown.append)
+    for month in (1, 2, 3):
+        folder = places.var() / "reports" / "monitor" / f"2013-0{month}-01..2013-0{month + 1}-01"
+        folder.mkdir(parents=True)
+        for name in ("evidently.html", "verdict.json", "policy.json"):
+            (folder / name).write_text("{}")
+    assert collect(reports=2) == ["2013-01-01..2013-02-01"]
+    left = sorted(str(path.relative_to(places.var())) for path in places.var().glob("reports/monitor/*/evidently.html"))
+    assert [name.split("/")[2] for name in left] == ["2013-02-01..2013-03-01", "2013-03-01..2013-04-01"]
+    assert len(list(places.var().glob("reports/monitor/*/verdict.json"))) == 3
+    assert len(shown) == 1
+
+
+def test_collect_killed_anywhere_is_done_by_the_next(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    known(monkeypatch)
+
+    def fill() -> None:
+        for root in (places.var() / "runs", site.cache):
+            shutil.rmtree(root, ignore_errors=True)
+        kept = site.folder("kept", "shared")
+        site.folder("a", "shared")
+        site.folder("b", "c")
+        site.run("retrain/old", days=90, lock=lock(site.object("of old")))
+        site.run("retrain/older", days=91, lock=lock(site.object("of older")))
+        (site.root / "dvc.lock").write_text(lock(kept))
+
+    fill()
+    collect(keep=0)
+    expected = snapshot(site)
+    unlink, rmtree, rename = Path.unlink, shutil.rmtree, Path.rename
+    crashed = 0
+    for crash_at in range(100):
+        fill()
+        left = iter([*[False] * crash_at, True, *[False] * 100])
+
+        def dying(of: Callable[..., Any], left: Any = left) -> Callable[..., Any]:
+            def call(*given: Any, **more: Any) -> Any:
+                if next(left):
+                    raise KeyboardInterrupt
+                return of(*given, **more)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", dying(unlink))
+            patch.setattr(Path, "rename", dying(rename))
+            patch.setattr(shutil, "rmtree", dying(rmtree))
+            try:
+                collect(keep=0)
+            except KeyboardInterrupt:
+                crashed += 1
+                for folder in site.cache.glob("*/*.dir"):
+                    assert all(site.has(entry["md5"]) for entry in json.loads(folder.read_text()))
+                for space in places.var().glob("runs/*/[!.]*"):
+                    assert (space / "dvc.lock").exists()
+                assert not [name for name in expected if not Path(name).exists()]
+        collect(keep=0)
+        assert snapshot(site) == expected
+        if crashed <= crash_at:
+            break
+    assert crashed > 8
+
+
+def test_collect_while_a_step_or_another_collection_runs_asks_to_try_again(site: Site) -> None:
+    with workspace.using(), workspace.using(), pytest.raises(TryAgain, match="or another `ballast gc` runs"):
+        collect()
+    with workspace.alone(), pytest.raises(TryAgain):
+        collect()
+
+
+def test_step_that_begins_meanwhile_waits_for_the_collection(site: Site) -> None:
+    order: list[str] = []
+
+    def step() -> None:
+        with workspace.using():
+            order.append("step")
+
+    with workspace.alone():
+        thread = threading.Thread(target=step)
+        thread.start()
+        time.sleep(0.3)
+        order.append("collected")
+    thread.join(10)
+    assert order == ["collected", "step"]
