@@ -74,7 +74,7 @@ def close(run: str) -> None:
     """Answer the form of an overtaken run in Airflow, so that nobody is asked in vain. Airflow away: it stays open."""
     dag_id, _, run_id = run.partition("/")
     try:
-        embedded.airflow().answer(dag_id, run_id, FORM, "Reject")
+        embedded.connect().answer(dag_id, run_id, FORM, "Reject")
     except BallastError as error:
         log.warning("The form of %s stays open, though its answer changes nothing now: %s", run, error)
 

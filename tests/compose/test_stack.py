@@ -19,7 +19,11 @@ import pytest
 
 from pipelines.dagruns import Airflow, Refused
 
-pytestmark = pytest.mark.compose
+pytestmark = [
+    pytest.mark.compose,
+    # An answer that refuses holds its socket until it is collected, which may be in another test.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 ROOT = Path(__file__).parent.parent.parent
 AIRFLOW_PORT, MLFLOW_PORT = 28080, 25000
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -84,6 +88,7 @@ def test_user_interfaces_without_credentials_refuse(stack: Stack) -> None:
     ):
         with pytest.raises(HTTPError) as refused:
             urlopen(url, timeout=20)
+        refused.value.close()
         assert refused.value.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN), url
 
 

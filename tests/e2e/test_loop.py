@@ -125,7 +125,7 @@ def test_turn_champion_is_what_the_ledger_and_the_alias_say(stack: Stack, turned
     assert status["registry"]["agrees"] is True
     assert f"v{status['champion']['version']} since" in turned
     assert stack.alias() == status["champion"]["version"]
-    assert status["clock"] == "2013-08-01", "the monitor's runs advance the example's clock"
+    assert status["clock"] == "2013-07-01", "the monitor's runs advance the example's clock"
 
 
 def test_turn_model_serves_raw_rows_as_pyfunc(stack: Stack, turned: str) -> None:
@@ -281,7 +281,7 @@ def test_approval_waits_for_a_person_gives_way_to_a_newer_challenger_and_runs_ou
         subprocess.run(commit, cwd=stack.root, check=True)
 
     def ask(name: str) -> str:
-        return stack.with_mlflow("-c", ASK, name, "2013-08-01").splitlines()[-1]
+        return stack.with_mlflow("-c", ASK, name, "2013-07-01").splitlines()[-1]
 
     def end(*arguments: str) -> Any:
         return json.loads(stack.with_mlflow("-c", END, *arguments).splitlines()[-1])
@@ -319,7 +319,7 @@ def test_approval_waits_for_a_person_gives_way_to_a_newer_challenger_and_runs_ou
 
 
 def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turned: str) -> None:
-    """In July the model of April is surely worse, and one that saw the summer surely better: the turn ends with v2."""
+    """In June much of the loss of April's model was avoidable, and one that saw the spring is better: the turn ends with v2."""
     assert stack.told("status")["champion"]["version"] == 2
     stack.ballast("rollback", "--reason", "a test", "--yes")
     assert stack.told("status")["champion"]["version"] == 1
