@@ -111,7 +111,7 @@ def _runs(state: State) -> tuple[set[str], set[str] | None]:
     """The workspaces of runs that are not over, and of those that failed; None for these if Airflow does not answer."""
     waiting = {entry.actor for entry in approval.waiting(state.ledger())}
     try:
-        airflow = embedded.airflow()
+        airflow = embedded.connect()
         unfinished, failed = airflow.runs(UNFINISHED, limit=MANY), airflow.runs(FAILED, limit=MANY)
     except TryAgain:
         under_way = {one.run for one in state.retrainings() if one.run and not one.ended_at}
