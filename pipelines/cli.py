@@ -130,7 +130,7 @@ def _last_runs() -> dict[str, dict[str, str]]:
     from pipelines import embedded
 
     try:
-        client = embedded.airflow()
+        client = embedded.connect()
         runs = {dag["dag_id"]: client.last_run(dag["dag_id"]) for dag in client.dags()}
     except BallastError:
         return {}

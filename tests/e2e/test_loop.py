@@ -319,7 +319,7 @@ def test_approval_waits_for_a_person_gives_way_to_a_newer_challenger_and_runs_ou
 
 
 def test_rollback_puts_the_champion_before_back_for_everybody(stack: Stack, turned: str) -> None:
-    """In June April's model lost what could be avoided, and one that saw the spring is better: the turn ends with v2."""
+    """In June April's model lost what could be avoided; one that saw the spring is better: the turn ends with v2."""
     assert stack.told("status")["champion"]["version"] == 2
     stack.ballast("rollback", "--reason", "a test", "--yes")
     assert stack.told("status")["champion"]["version"] == 1
