@@ -101,3 +101,20 @@ def test_reproduce_gives_every_bit_again_and_touches_nothing(tmp_path: Path) -> 
     shutil.rmtree(site.root / "var" / "dvc-remote")
     _, err = site.reproduce(code=1)
     assert "The data of v1 is in neither the DVC cache nor the remote: data/ingest/tables (" in err
+
+
+def test_reproduce_of_a_champion_works_after_gc_where_only_its_record_names_the_data(tmp_path: Path) -> None:
+    site = Site(tmp_path / "project")
+    site.python("-m", "pipelines.cli", "promote", "1", "--force", "--reason", "the first", "--yes")
+    (site.root / "dvc.lock").unlink()
+    cache = site.root / ".dvc" / "cache" / "files" / "md5"
+    (stray := cache / "aa" / ("b" * 30)).parent.mkdir(exist_ok=True)
+    stray.write_text("of no stage")
+    long_ago = time.time() - 60 * 86_400
+    for path in cache.glob("*/*"):
+        os.utime(path, (long_ago, long_ago))
+
+    found = json.loads(site.python("-m", "pipelines.cli", "gc", "--yes", "--json")[0])
+    assert [waste["name"] for waste in found["waste"]] == ["1 objects of the DVC cache"]
+    assert not stray.exists()
+    assert json.loads(site.reproduce("--json")[0])["outcome"] == "identical"
