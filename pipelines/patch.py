@@ -43,8 +43,8 @@ def _below(node: Any, name: str) -> Any:
 
 def _scalar(value: Any) -> str:
     """A value as YAML, so that it is read as what it is: 1.0e-05, which 1e-05 is not."""
-    first, *more = yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()
-    return first if more in ([], ["..."]) else json.dumps(value)  # of several lines: JSON, which is YAML too
+    lines = yaml.safe_dump([value], default_flow_style=True, width=1000).splitlines()  # in a list: its commas count too
+    return lines[0][1:-1] if len(lines) == 1 else json.dumps(value)  # of several lines: JSON, which is YAML too
 
 
 def _replaced(text: str, start: int, end: int, new: str) -> str:

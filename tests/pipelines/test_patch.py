@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines import patch
@@ -61,6 +61,7 @@ def test_amended_refuses_what_would_change_more() -> None:
         patch.amended(text, ("b",), {"x": 2})
 
 
+@example(",")
 @given(st.one_of(st.floats(allow_nan=False), st.integers(), st.booleans(), st.text(max_size=8)))
 def test_amended_value_is_read_as_what_it_is(value: Any) -> None:
     if value == "":
