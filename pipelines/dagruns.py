@@ -17,6 +17,7 @@ from pipelines.errors import BallastError, TryAgain
 
 TIMEOUT_S = 20.0
 ASK_AGAIN_S = 0.5
+ACTIVE = ("queued", "running")
 ENDED = ("success", "failed")
 PAGE = 100  # Airflow's own limit for a page
 

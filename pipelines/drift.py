@@ -214,8 +214,8 @@ def _worse(
     """Is the model worse, by the labels that have come and by what may be expected of those that have not."""
     present = Window(scored["start"], scored["end"], scored["version"])
     logged = pd.read_parquet(score / "logged.parquet")
-    reference = pd.read_parquet(score / "reference.parquet")
-    test, windows = reference[reference["window"] == "test"], by_window(logged)
+    test = pd.read_parquet(score / "reference.parquet", filters=[("window", "==", "test")])
+    windows = by_window(logged)
     performance = performance_verdict(windows, present, test, scored["labels_until"], params)
     if performance["measured"]:
         judged_on = pd.concat([windows[window] for window in judged_windows(windows, present, params)])

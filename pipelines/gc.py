@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines import approval, embedded, places, registry, timeline, workspace
+from pipelines.dagruns import ACTIVE, PAGE
 from pipelines.errors import TryAgain
 from pipelines.state import State, moves
-from pipelines.workspace import git, name_of
+from pipelines.workspace import git, lock_file, name_of
 
 DAY_S = 86_400.0
 MD5 = re.compile(rb"\bmd5: ([0-9a-f]{32}(?:\.dir)?)\b")
-UNFINISHED, FAILED = ("queued", "running"), ("failed",)
-MANY = 100  # what Airflow tells at a time
 
 Kind = Literal["workspace", "model", "report", "data"]
 
@@ -112,12 +111,12 @@ def _runs(state: State) -> tuple[set[str], set[str] | None]:
     waiting = {entry.actor for entry in approval.waiting(state.ledger())}
     try:
         airflow = embedded.connect()
-        unfinished, failed = airflow.runs(UNFINISHED, limit=MANY), airflow.runs(FAILED, limit=MANY)
+        unfinished, failed = airflow.runs(ACTIVE), airflow.runs(["failed"])
     except TryAgain:
         under_way = {one.run for one in state.retrainings() if one.run and not one.ended_at}
         return {_named(run) for run in waiting | under_way}, None
-    if len(unfinished) == MANY:
-        raise TryAgain(f"{MANY} runs or more are queued or running in Airflow. Wait until there are fewer.")
+    if len(unfinished) == PAGE:
+        raise TryAgain(f"{PAGE} runs or more are queued or running in Airflow. Wait until there are fewer.")
     busy = {f"{run.dag_id}/{run.run_id}" for run in unfinished}
     return {_named(run) for run in waiting | busy}, {_named(f"{run.dag_id}/{run.run_id}") for run in failed}
 
@@ -129,13 +128,13 @@ def _named(run: str) -> str:
 
 def _touched(space: Path) -> float:
     """When a step last began or ended there, in seconds since 1970."""
-    times = [space, space / "dvc.lock", space / ".dvc" / "tmp" / "ballast.lock"]
+    times = [space, space / "dvc.lock", lock_file(space)]
     return max((path.stat().st_mtime for path in times if path.exists()), default=0.0)
 
 
 def _is_held(space: Path) -> bool:
     """Whether a step works there, be it one that outlived its runner."""
-    lock = space / ".dvc" / "tmp" / "ballast.lock"
+    lock = lock_file(space)
     if not lock.exists():
         return False
     with lock.open() as file:

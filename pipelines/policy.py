@@ -88,15 +88,19 @@ class Windowed(Params):
         return Judgement(judged[0].fires is not False and fired >= self.windows, words)
 
 
-class Performance(Windowed):
+class Labelled(Windowed):
+    """By labels: where they are late or windows short, two may be judged on the same rows, which count once."""
+
+    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
+        """Likewise, of windows that were judged on rows of their own."""
+        return super().ask(now, _apart(now, before), past)
+
+
+class Performance(Labelled):
     """The realised log loss has risen by more than this over the champion's test window, and by more than noise."""
 
     kind: Literal["performance"]
     max_rise: NonNegativeFloat
-
-    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
-        """Likewise; where labels are late or windows short, two may be judged on the same rows, which count once."""
-        return super().ask(now, _apart(now, before), past)
 
     def judge(self, window: Numbers) -> Judgement:
         """By the newest rows that have enough labels."""
@@ -118,15 +122,11 @@ class EstimatedPerformance(Windowed):
         return _risen("estimated performance", "rows", found, found.get("rows", 0), self.max_rise, self.min_rows)
 
 
-class AvoidableLoss(Windowed):
+class AvoidableLoss(Labelled):
     """So much log loss could surely have been avoided: a correction learnt from labels does better on those after."""
 
     kind: Literal["avoidable_loss"]
     min_gain: NonNegativeFloat
-
-    def ask(self, now: Numbers, before: Sequence[Window], past: Past) -> Judgement:
-        """Likewise, on rows that count once."""
-        return super().ask(now, _apart(now, before), past)
 
     def judge(self, window: Numbers) -> Judgement:
         """By the lower bound of what the correction saves on the newest rows that have enough labels."""

@@ -43,12 +43,8 @@ MONITOR = ("settle", *LOOK, "score", "drift", "policy")
 RETRAIN = (*LOOK, "admit", "prepare", "train", "evaluate", "register", "decide")
 """The steps in the order of the DAGs; a test holds them to it."""
 
-KINDS = (
-    "drift",
-    "performance",
-    "estimated_performance",
-    "avoidable_loss",
-)  # of triggers that a policy may be left with alone
+# of triggers that a policy may be left with alone
+KINDS = ("drift", "performance", "estimated_performance", "avoidable_loss")
 POLICIES = ("never", "schedule", *KINDS, "params")
 DETECTED = ("as_of", "interval", "reasons", "summary", "train_days", "asked_by")
 READY = ("version", "record_sha256", "as_of", "summary")

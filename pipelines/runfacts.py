@@ -14,11 +14,10 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from pipelines.dagruns import PAGE, Airflow, Run, Task
+from pipelines.dagruns import ACTIVE, PAGE, Airflow, Run, Task
 from pipelines.facts import gauge, gauges, stamp
 
 TAG = "ballast"  # that every DAG of ours has
-ACTIVE = ("queued", "running")
 JUDGES = "validate"  # the task that fails where a batch is rejected
 HEALTHY = "healthy"
 COMPONENTS = ("metadatabase", "scheduler", "dag_processor", "triggerer")

@@ -79,6 +79,11 @@ def ensure(
     return Workspace(root, commit, began)
 
 
+def lock_file(root: Path) -> Path:
+    """What a step holds while it works in a workspace."""
+    return root / ".dvc" / "tmp" / "ballast.lock"
+
+
 @contextmanager
 def owned(workspace: Workspace) -> Iterator[int]:
     """Hold the workspace alone; yield the lock's descriptor, for the step to inherit.
@@ -86,7 +91,7 @@ def owned(workspace: Workspace) -> Iterator[int]:
     A step that outlived its killed runner still holds the lock: its process group is ended first. Raises TryAgain if
     the lock is held by something that does not end.
     """
-    path = workspace.root / ".dvc" / "tmp" / "ballast.lock"
+    path = lock_file(workspace.root)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -22,8 +22,9 @@ from urllib.parse import quote
 import pytest
 import yaml
 
+from benchmarks.bridge import free_port
+
 from .conftest import PROJECT, clean_environment, own_project
-from .test_loop import free_port
 
 pytestmark = [
     pytest.mark.e2e,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,16 +11,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.bridge import free_port
+
 from .conftest import PROJECT, clean_environment
 
 pytestmark = pytest.mark.e2e
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Stack:

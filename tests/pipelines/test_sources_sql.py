@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import pytest
 import yaml
 from sqlalchemy import make_url
 
+from benchmarks.bridge import free_port
 from pipelines.errors import DataRejected, ParamsError, TryAgain
 from pipelines.land import LandParams, land
 from pipelines.schema import Table
@@ -310,12 +310,6 @@ class Server:
         with psycopg.connect(self.url) as connection:
             for statement in statements:
                 connection.execute(statement)  # type: ignore[call-overload]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_operators import FAKE, PINNED, decided
+from test_operators import PINNED, Pipeline, decided
 
 import ballast_notify
 from ballast_notify import EVENTS, callbacks
@@ -96,9 +96,7 @@ Run = Callable[..., Any]
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slack: Any, mail: Any) -> Run:
     """Run a DAG for real with both receivers set; what each step says comes from a script."""
-    (tmp_path / "pipelines").mkdir()
-    (tmp_path / "pipelines" / "__init__.py").touch()
-    (tmp_path / "pipelines" / "run.py").write_text(FAKE)
+    pipeline = Pipeline(tmp_path)
     hook = {"conn_type": "slackwebhook", "password": f"http://127.0.0.1:{slack.port}/services/T/B/X"}
     letters = {"conn_type": "smtp", "host": "127.0.0.1", "port": mail.port}
     extra = {"disable_ssl": True, "disable_tls": True, "from_email": "ballast@example.com"}
@@ -113,12 +111,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slack: Any, mail: Any) 
 
         for module in ("ballast_chain", "ballast_notify"):  # the environment is read where a DAG file is parsed
             monkeypatch.delitem(sys.modules, module, raising=False)
-        (tmp_path / "told.json").write_text(json.dumps(steps))
+        pipeline.tell(**steps)
         dag = DagBag(str(DAGS / f"{name}.py")).dags[name]
         for task in dag.tasks:
             task.retries = 0
         step = next(task for task in dag.tasks if hasattr(task, "step"))
-        monkeypatch.setattr(sys.modules[type(step).__module__], "PROJECT", tmp_path)
+        monkeypatch.setattr(sys.modules[type(step).__module__], "PROJECT", pipeline.root)
         return dag.test(logical_date=None, run_conf=conf or {})
 
     return run
