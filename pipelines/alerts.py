@@ -20,6 +20,7 @@ ACTIONS = ("retrain", "monitor", "rollback", "freeze")
 MOST_ALERTS = 1000  # in one delivery
 MOST_WAITING = 1000  # in the inbox, beyond which senders are asked to come again
 MOST_CHARACTERS = 32_768  # of what a run gets to know of its alert
+LEAST_REASON = 3  # characters: `rollback` takes no shorter one
 
 # No NUL anywhere: PostgreSQL's JSONB, where Airflow keeps a run's conf, cannot hold one.
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00]+$")]
@@ -54,7 +55,9 @@ class Trigger(BaseModel):
     action: Literal["retrain", "monitor", "rollback", "freeze"]
     source: Name
     key: Name
-    reason: Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")]
+    reason: Annotated[
+        str, StringConstraints(min_length=LEAST_REASON, max_length=1000, pattern=r"^[^\x00]*[^\x00\s][^\x00]*$")
+    ]
     as_of: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
     labels: Words = Field(default_factory=dict)
     annotations: Words = Field(default_factory=dict)
@@ -118,7 +121,8 @@ def _take_firing(state: State, firing: Firing, receiver: str, actions: frozenset
         return _said(firing.fingerprint, "refused_time", str(error))
     notes, name = firing.annotations, firing.labels.get("alertname", firing.fingerprint)
     told = {**firing.model_dump(mode="json", exclude={"status"}), "receiver": receiver}
-    told["reason"] = (notes.get("summary") or notes.get("description") or f"alert {name}").strip() or f"alert {name}"
+    said = (notes.get("summary") or notes.get("description") or "").strip()
+    told["reason"] = said if len(said) >= LEAST_REASON else f"alert {name}"
     if len(canonical_json(told)) > MOST_CHARACTERS:
         return _said(run_id, "refused_size", _TOO_LONG)
     if firing.status == "resolved" and action in actions:

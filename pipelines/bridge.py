@@ -6,6 +6,7 @@ brings it to Airflow, and tries again for as long as that is away. Settings come
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
@@ -34,6 +35,7 @@ from pipelines.freeze import freeze
 from pipelines.state import Alert, State, frozen
 
 MOST_BYTES = 2 * 1024**2
+MOST_BODY_S = 15.0  # that a sender may take for it: a hundred that never end would shut out all others
 MOST_AT_ONCE = 100  # connections, beyond which uvicorn answers 503
 LEAST_TOKEN = 16
 USER = "ballast"  # of basic auth
@@ -251,6 +253,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     for status, words in {
         400: "The body broke off, or the media type is another than application/json",
         401: "No token, or a wrong one",
+        408: "The body did not come in time",
         413: "Too large",
         415: "Not application/json",
         422: "Not as the schema says",
@@ -269,10 +272,15 @@ async def _answer(
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         return _refused(415, "The content type must be application/json.")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            return _refused(413, f"The body has more than {MOST_BYTES} bytes. Send fewer alerts at once.")
+    try:
+        async with asyncio.timeout(MOST_BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MOST_BYTES:
+                    return _refused(413, f"The body has more than {MOST_BYTES} bytes. Send fewer alerts at once.")
+    except TimeoutError:
+        words = f"The body was not whole after {MOST_BODY_S:.0f} s. Send it again."
+        return _refused(408, words, {"Connection": "close"})
     try:
         asked = model.model_validate_json(bytes(body))
     except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -240,6 +241,28 @@ def test_bridge_alert_that_is_too_long_or_of_tomorrow_is_refused_alone(bridge: h
     body["alerts"][0]["annotations"] = {f"n{number}": "x" * 4000 for number in range(10)}
     body["alerts"][1]["annotations"] = {"ballast_as_of": "2999-01-01"}
     assert outcomes(bridge, body) == ["refused_size", "refused_as_of", "accepted"]
+
+
+def test_bridge_alert_with_hardly_a_word_gets_a_reason_that_a_rollback_takes(
+    bridge: httpx.Client, state: State
+) -> None:
+    body = delivery("a1")
+    body["alerts"][0]["annotations"] = {"summary": " x "}
+    assert outcomes(bridge, body) == ["accepted"]
+    assert [one.payload["reason"] for one in state.alerts()] == ["alert PerformanceDropped"]
+    asked = {"action": "monitor", "source": "ci", "key": "7", "reason": "x"}
+    assert bridge.post("/trigger", json=asked, headers=BEARER).status_code == 422
+
+
+def test_bridge_sender_that_never_ends_its_body_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch, bridge: httpx.Client, state: State
+) -> None:
+    monkeypatch.setattr("pipelines.bridge.MOST_BODY_S", 0.2)
+    head = f"POST /alertmanager HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json"
+    with socket.create_connection((bridge.base_url.host, bridge.base_url.port), timeout=20) as sender:
+        sender.sendall(f'{head}\r\nContent-Length: 100\r\n\r\n{{"version"'.encode())
+        assert sender.recv(100).startswith(b"HTTP/1.1 408 ")
+    assert state.alerts() == []
 
 
 def test_bridge_basic_auth_takes_its_user_and_token_and_no_other(bridge: httpx.Client) -> None:
