@@ -2,9 +2,10 @@
 
     python -m benchmarks.fleet [--runs 8] [--slots 1]
 
-Each leg starts with nothing: clones of HEAD, with a stack on free ports for the two of Airflow, and as many as-of dates,
-a week apart, so that each run has data of its own and none takes another's from the cache. As shipped, one run trains at
-a time (the pool `training`); ``--slots`` gives it more. `dvc repro` ends with `evaluate`: the steps after it are told apart.
+Each leg starts with nothing: clones of HEAD, for the two of Airflow with a stack on free ports, and as many as-of
+dates, a week apart, so that each run has data of its own and none takes another's from the cache. As shipped, one run
+trains at a time (the pool `training`); ``--slots`` gives it more. `dvc repro` ends with `evaluate`: the steps after it
+are told apart.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Leg:
 
     def mean(self, *tasks: str) -> float:
         """Seconds of these tasks in a run, on average."""
-        return sum(run["tasks"].get(task, 0.0) for run in self.runs for task in tasks) / len(self.runs)
+        return float(sum(run["tasks"].get(task, 0.0) for run in self.runs for task in tasks)) / len(self.runs)
 
 
 @contextmanager

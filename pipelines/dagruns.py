@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
@@ -93,7 +93,7 @@ class Airflow:
 
     def wake_execution_api(self) -> None:
         """Let the API that tasks talk to build itself: it does so at its first request, and a task would wait 2 s."""
-        self._send("GET", "/execution/health", None, {})
+        self._patiently(lambda: self._send("GET", "/execution/health", None, {}))
 
     def dags(self) -> list[dict[str, Any]]:
         """Every DAG that was parsed, as Airflow describes it."""
@@ -223,11 +223,14 @@ class Airflow:
         return f"{self.url}/dags/{quote(run.dag_id)}/runs/{quote(run.run_id)}{tail}"
 
     def _get(self, path: str, **query: object) -> dict[str, Any]:
+        return self._patiently(lambda: self._call("GET", f"{path}?{urlencode(query, doseq=True)}" if query else path))
+
+    def _patiently(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Ask, and ask again while our patience lasts."""
         deadline = time.monotonic() + self._patience_s
         while True:
             try:
-                return self._call("GET", f"{path}?{urlencode(query, doseq=True)}" if query else path)
+                return ask()
             except TryAgain:
                 if time.monotonic() >= deadline:
                     raise

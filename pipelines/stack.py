@@ -46,6 +46,7 @@ POOLS = {
 MARK = "BALLAST_STACK"
 START_WITHIN_S = 180.0
 STOP_WITHIN_S = 10.0
+PATIENCE_S = 60.0  # with an API server that is up: its first answers take long on a busy machine
 LEAST_FREE_BYTES = 10**9
 LAST_LINES = 12
 _children: list[subprocess.Popen[bytes]] = []  # kept, as Python warns of a child that is forgotten while it lives
@@ -99,9 +100,10 @@ def up() -> None:
             _stop(*(service.name for service in missing))
             raise
         _wait_for_dags()
-        airflow().wake_execution_api()
+        client = airflow(PATIENCE_S)
+        client.wake_execution_api()
         for name, description in POOLS.items():
-            airflow().make_pool(name, 1, description)
+            client.make_pool(name, 1, description)
     _say_up(began)
 
 
@@ -326,7 +328,7 @@ def _answers(url: str) -> bool:
 
 def _wait_for_dags() -> None:
     """Wait until each file of dags/ is parsed as it now stands; raise BallastError with what does not import."""
-    client, deadline = airflow(), time.monotonic() + START_WITHIN_S
+    client, deadline = airflow(PATIENCE_S), time.monotonic() + START_WITHIN_S
     started = running("dag-processor")
     since = started.at if started else 0.0
     with _busy() as say:
