@@ -6,6 +6,7 @@ Everything heavy is imported by the command that needs it: ``--help`` answers at
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from datetime import datetime
@@ -64,7 +65,7 @@ def status(
         "registry": registry,
         "alerts": {"waiting": inbox.waiting, "oldest": inbox.oldest, "failed": inbox.failed},
         "clock": str(state.clock() or "wall"),
-        "services": (services := {name: _is_up(port) for name, port in _ports().items()}),
+        "services": (services := {name: _is_up(*at) for name, at in _addresses().items()}),
         "runs": _last_runs() if services["airflow"] else {},
     }
     _print_json(found) if as_json else _show_status(found, stands.words)
@@ -108,7 +109,9 @@ def _waiting(entry: Entry, state: State) -> dict[str, Any]:
     from pipelines import embedded
 
     decision, (dag, _, run) = state.decision(str(entry.record_sha256)), entry.actor.partition("/")
-    form = f"{embedded.airflow_url()}/dags/{quote(dag)}/runs/{quote(run, safe='')}/tasks/approve/required_actions"
+    form = (
+        f"{embedded.people_s_airflow_url()}/dags/{quote(dag)}/runs/{quote(run, safe='')}/tasks/approve/required_actions"
+    )
     version = decision.version if decision else None
     return {
         "version": version,
@@ -119,10 +122,19 @@ def _waiting(entry: Entry, state: State) -> dict[str, Any]:
     }
 
 
-def _ports() -> dict[str, int]:
+def _addresses() -> dict[str, tuple[str, int]]:
+    """Host and port of the services: those that we are told to use, else the embedded ones."""
+    from urllib.parse import urlsplit
+
     from pipelines import embedded
 
-    return {"airflow": embedded.airflow_port(), "mlflow": embedded.mlflow_port()}
+    told = {"airflow": os.environ.get("BALLAST_AIRFLOW_URL", ""), "mlflow": os.environ.get("MLFLOW_TRACKING_URI", "")}
+    ports = {"airflow": embedded.airflow_port(), "mlflow": embedded.mlflow_port()}
+    found = {}
+    for name, url in told.items():
+        parts = urlsplit(url if url.startswith("http") else f"http://127.0.0.1:{ports[name]}")
+        found[name] = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+    return found
 
 
 def _last_runs() -> dict[str, dict[str, str]]:
@@ -141,9 +153,9 @@ def _last_runs() -> dict[str, dict[str, str]]:
     }
 
 
-def _is_up(port: int) -> bool:
+def _is_up(host: str, port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=0.3).close()
+        socket.create_connection((host, port), timeout=0.3).close()
         return True
     except OSError:
         return False
@@ -187,11 +199,8 @@ def _show_status(found: dict[str, Any], breaker: str) -> None:
     for number, (dag, run) in enumerate(found["runs"].items()):
         ended = f", {_when(run['ended'])}" if run["ended"] else ""
         _line(out, "" if number else "last runs", f"{dag}: {run['state']}{ended}")
-    ports = _ports()
-    up = [
-        f"{_NAMES[name]} {'up on' if is_up else 'not up on'} :{ports[name]}"
-        for name, is_up in found["services"].items()
-    ]
+    at = {name: f"on {'' if host in _HERE else host}:{port}" for name, (host, port) in _addresses().items()}
+    up = [f"{_NAMES[name]} {'up' if is_up else 'not up'} {at[name]}" for name, is_up in found["services"].items()]
     _line(out, "services", " · ".join(up))
 
 
@@ -214,6 +223,7 @@ def _held_words(held: dict[str, Any]) -> str:
 
 
 _NAMES = {"airflow": "Airflow", "mlflow": "MLflow"}
+_HERE = ("127.0.0.1", "localhost")
 
 
 def _registry_words(registry: dict[str, Any]) -> str:

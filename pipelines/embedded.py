@@ -61,6 +61,11 @@ def airflow_url() -> str:
     return f"http://localhost:{airflow_port()}"
 
 
+def people_s_airflow_url() -> str:
+    """That of the Airflow of ``BALLAST_AIRFLOW_URL``, as Airflow itself is told it, else of the embedded one."""
+    return (os.environ.get("BALLAST_AIRFLOW_URL") and os.environ.get("AIRFLOW__API__BASE_URL")) or airflow_url()
+
+
 def mlflow_url() -> str:
     """The MLflow server's address for a person's browser."""
     return f"http://localhost:{mlflow_port()}"

@@ -107,6 +107,11 @@ def test_status_names_what_is_up(project: Project, ballast: Any, monkeypatch: py
         monkeypatch.setenv("MLFLOW_PORT", str(ports[1]))
         down.close()
         assert f"Airflow up on :{ports[0]} · MLflow not up on :{ports[1]}" in ballast("status")[1]
+        monkeypatch.setenv("AIRFLOW_PORT", "1")
+        monkeypatch.setenv("BALLAST_AIRFLOW_URL", f"http://localhost:{ports[0]}")
+        assert f"Airflow up on :{ports[0]}" in ballast("status")[1]
+        monkeypatch.setenv("BALLAST_AIRFLOW_URL", "https://airflow.invalid")
+        assert "Airflow not up on airflow.invalid:443" in ballast("status")[1]
 
 
 def test_status_completes_a_promotion_that_was_cut_off(two: Project, ballast: Any) -> None:
