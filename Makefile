@@ -50,6 +50,7 @@ test-compose: setup ## The tests that build the images and start the Compose sta
 check: setup ## Format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
+	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 

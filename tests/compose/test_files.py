@@ -84,7 +84,7 @@ def test_dockerfile_targets_run_without_root_from_a_pinned_base() -> None:
     for target in ("airflow", "pipeline"):
         stage = next(stage for stage in stages if stage.splitlines()[0].endswith(f" AS {target}"))
         users = re.findall(r"(?m)^USER (\S+)", stage)
-        assert users == ["ballast"], target
+        assert users == ["10001"], target
         assert "HEALTHCHECK" in stage and "org.opencontainers.image.revision" in stage
     assert not [line for line in lines if re.match(r"ADD |.*(curl|wget) .*\| *(ba)?sh|.*sudo ", line)]
 
