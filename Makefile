@@ -49,12 +49,17 @@ test-alerts: setup ## Of those the way of an alert, with real Prometheus and Ale
 test-compose: setup ## The tests that build the images and start the Compose stack; they need a Docker engine
 	@$(BIN)/pytest -m compose -s
 
-check: setup ## Format, lint, types, and who may import whom
+# What the tests and the docs make up: passwords of nobody, and the hashes of old state stores.
+MADE_UP := ^(hunter2|secret|a word|a%20word|p%40ssword|password|s3cr.*w(@|%40)rd|https://hooks.slack.com/services/T…/B…/…)$$
+
+check: setup ## Format, lint, types, who may import whom, and whether a secret is in the tree
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --cores 2 --no-verify --exclude-files '^uv\.lock$$|\.(png|sql)$$' \
+		--exclude-secrets '$(MADE_UP)'
 
 bench-quality: setup ## What the model is worth: the challenger of each month, April to December 2013, on that month
 	@$(BIN)/python -m benchmarks.quality

@@ -216,6 +216,23 @@ def test_containers_run_without_root_or_the_engine(stack: Stack) -> None:
     assert stack.secrets["AIRFLOW_DB_PASSWORD"] not in held and stack.secrets["AIRFLOW_JWT_SECRET"] not in held
 
 
+@pytest.mark.parametrize("service", ["api-server", "worker"])
+def test_image_holds_no_secret_and_nothing_that_was_not_committed(stack: Stack, service: str) -> None:
+    image = stack.image(service)
+    made = stack.call("docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
+    made += stack.call("docker", "image", "inspect", image)
+    assert not re.search(r"(?i)(password|secret|token|_key)\w*=\S", made)
+    look = (
+        "find / -xdev ( -name stack.env -o -name .netrc -o -name .pypirc -o -name .git-credentials -o -name id_rsa"
+        " -o -name id_ed25519 ) -print"
+    )
+    assert stack.call("docker", "run", "--rm", "--network=none", "--user=0", image, *look.split()) == ""
+    if service == "worker":
+        status = ["git", "-C", "/opt/ballast", "status", "--porcelain", "--ignored"]
+        more = stack.call("docker", "run", "--rm", "--network=none", image, *status).splitlines()
+        assert [line for line in more if not line.endswith("__pycache__/")] == []
+
+
 def test_networks_publish_user_interfaces_and_keep_stores_apart(stack: Stack) -> None:
     running = [json.loads(line) for line in stack.run("ps", "--format", "json").splitlines()]
     published = {
