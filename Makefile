@@ -17,7 +17,7 @@ SECRETS := deploy/secrets/stack.env
 COMPOSE := docker compose --env-file $(SECRETS) -f docker-compose.yml $(COMPOSE_FILES) $(foreach profile,$(PROFILES),--profile $(profile))
 WORKERS := 1
 # Only where there is a Prometheus to send them to.
-export AIRFLOW_METRICS := $(if $(filter monitoring,$(PROFILES)),True,False)
+export AIRFLOW_METRICS ?= $(if $(filter monitoring,$(PROFILES)),True,False)
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'

@@ -168,7 +168,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     try:
         stack.start()
         print(f"all healthy {time.monotonic() - built:.0f} s after `up`")
-        print(stack.call("docker", "stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}\t{{.CPUPerc}}"))
+        print(stack.run("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}\t{{.CPUPerc}}"))
         yield stack
     finally:
         stack.run("--profile", "*", "down", "--volumes", "--timeout", "10")
@@ -238,12 +238,12 @@ def test_networks_publish_user_interfaces_and_keep_stores_apart(stack: Stack) ->
     published = {
         (one["Service"], port["URL"], str(port["PublishedPort"]))
         for one in running
-        for port in one["Publishers"]
+        for port in one["Publishers"] or []
         if port["PublishedPort"]
     }
     meant = {"api-server": "AIRFLOW_PORT", "mlflow": "MLFLOW_PORT", "grafana": "GRAFANA_PORT"}
     assert published == {(name, "127.0.0.1", PORTS[meant[name]]) for name in meant if name in stack.services()}
-    for service, others in {"bridge": "redis s3 mlflow", "mlflow": "redis bridge", "worker": "s3 prometheus"}.items():
+    for service, others in {"bridge": "redis s3", "mlflow": "redis prometheus", "worker": "s3 prometheus"}.items():
         for other in others.split():
             look = f"import socket\ntry: print(socket.gethostbyname('{other}'))\nexcept OSError: print('unknown')"
             assert stack.run("exec", "-T", service, "python", "-c", look).strip() == "unknown", (service, other)
