@@ -48,7 +48,7 @@ COPY --from=code /opt/ballast/dags dags
 COPY --from=code /opt/ballast/plugins plugins
 COPY --from=code /opt/ballast/deploy deploy
 RUN python -m compileall -q dags plugins deploy
-USER ballast
+USER 10001
 HEALTHCHECK --interval=15s --timeout=10s --start-period=180s --retries=4 CMD ["python", "/opt/ballast/deploy/healthy.py"]
 CMD ["airflow", "version"]
 ARG COMMIT=unknown
@@ -71,7 +71,7 @@ RUN --mount=type=bind,from=uv,source=/opt/uv,target=/opt/uv \
 FROM pipeline-locked AS pipeline
 # The checkout itself: runs clone it, and the volume of that name begins as a copy of it.
 COPY --from=code --chown=ballast:ballast /opt/ballast /opt/ballast
-USER ballast
+USER 10001
 RUN python -m compileall -q pipelines dags plugins deploy
 HEALTHCHECK --interval=15s --timeout=10s --start-period=180s --retries=4 CMD ["python", "/opt/ballast/deploy/healthy.py"]
 CMD ["ballast", "--help"]

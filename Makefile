@@ -16,6 +16,8 @@ BIN := .venv/bin
 SECRETS := deploy/secrets/stack.env
 COMPOSE := docker compose --env-file $(SECRETS) -f docker-compose.yml $(COMPOSE_FILES) $(foreach profile,$(PROFILES),--profile $(profile))
 WORKERS := 1
+# Only where there is a Prometheus to send them to.
+export AIRFLOW_METRICS ?= $(if $(filter monitoring,$(PROFILES)),True,False)
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -47,11 +49,17 @@ test-alerts: setup ## Of those the way of an alert, with real Prometheus and Ale
 test-compose: setup ## The tests that build the images and start the Compose stack; they need a Docker engine
 	@$(BIN)/pytest -m compose -s
 
-check: setup ## Format, lint, types, and who may import whom
+# What the tests and the docs make up: passwords of nobody, and the hashes of old state stores.
+MADE_UP := ^(hunter2|secret|a word|a%20word|p%40ssword|password|s3cr.*w(@|%40)rd|https://hooks.slack.com/services/T…/B…/…)$$
+
+check: setup ## Format, lint, types, who may import whom, and whether a secret is in the tree
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
+	@$(BIN)/hadolint Dockerfile
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --cores 2 --no-verify --exclude-files '^uv\.lock$$|\.(png|sql)$$' \
+		--exclude-secrets '$(MADE_UP)'
 
 bench-quality: setup ## What the model is worth: the challenger of each month, April to December 2013, on that month
 	@$(BIN)/python -m benchmarks.quality

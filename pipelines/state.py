@@ -551,6 +551,8 @@ class State:
     def _create(self) -> None:
         """Make the tables; another process may be doing the same at this moment. The version comes last."""
         with self._begin() as connection:
+            if self._engine.dialect.name == "postgresql":  # it looks for a table and makes it in two steps
+                connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('ballast_schema'))")
             for table in metadata.sorted_tables:
                 connection.execute(CreateTable(table, if_not_exists=True))
             for index in _alerts.indexes:

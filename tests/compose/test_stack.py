@@ -1,21 +1,28 @@
-"""The Compose stack for real: built, started, asked without credentials and with too few, and one turn through Celery.
+"""The Compose stack for real, with its monitoring: built, started, asked without credentials and with too few; an alert
+that starts a retraining through Celery; an upgrade to another commit; a backup put back.
 
-Needs a Docker engine and the public images (or stand-ins of their names). Everything is a project of its own, with
-secrets, ports and volumes of its own. ``TORCH_INDEX`` is handed on to the build.
+Needs a Docker engine and the public images (or stand-ins of their names; without one of Grafana all but Grafana is
+started). Everything is a project of its own, with secrets, ports and volumes of its own. ``TORCH_INDEX`` is handed on
+to the build.
 """
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
+import yaml
 
 from pipelines.dagruns import Airflow, Refused
 
@@ -25,9 +32,52 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 ROOT = Path(__file__).parent.parent.parent
-AIRFLOW_PORT, MLFLOW_PORT = 28080, 25000
+PORTS = {"AIRFLOW_PORT": "28080", "MLFLOW_PORT": "25000", "GRAFANA_PORT": "23000"}
+AIRFLOW, MLFLOW = (f"http://127.0.0.1:{PORTS[name]}" for name in ("AIRFLOW_PORT", "MLFLOW_PORT"))
+ALERT = {"alertname": "WeatherFeedMended", "ballast_action": "retrain", "ballast_as_of": "2013-04-01"}
+# Panels about a window, while none was monitored; and those that show only what is wrong or under way.
+MAY_BE_EMPTY = re.compile(r"ballast_(window|model|drift|prediction|data)_|ballast_policy_verdict|> \d|^ALERTS|_since_")
+# Run where Prometheus, Alertmanager and the bridge can be reached; the bridge's certificate is there too.
+ASK = """
+import json, ssl, sys, urllib.error, urllib.request
+urls, body, headers = map(json.loads, sys.argv[1:])
+context = ssl.create_default_context(cafile="/var/lib/bridge/shown/cert.pem")
+answers = []
+for url in urls:
+    request = urllib.request.Request(url, body.encode() or None, {"Content-Type": "application/json", **headers})
+    try:
+        answer = urllib.request.urlopen(request, timeout=20, context=context)
+    except urllib.error.HTTPError as error:
+        answer = error
+    answers.append((answer.status, answer.read().decode()))
+print(json.dumps(answers))
+"""
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_secrets import make  # noqa: E402
+
+
+def until(what: str, look: Callable[[], Any], within_s: float = 120) -> Any:
+    """What ``look`` finds once it finds something."""
+    deadline = time.monotonic() + within_s
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
+        time.sleep(2)
+    return found
+
+
+def has(image: str) -> bool:
+    """Whether the engine has an image, or can get it."""
+    return any(
+        subprocess.run(["docker", *how, image], capture_output=True, check=False).returncode == 0
+        for how in (["image", "inspect"], ["pull", "--quiet"])
+    )
+
+
+def has_otlp(image: str) -> bool:
+    """Whether this Prometheus can receive OTLP."""
+    command = ["docker", "run", "--rm", image, "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    return "enable-otlp-receiver" in said.stdout + said.stderr
 
 
 class Stack:
@@ -38,25 +88,69 @@ class Stack:
         make(self.env_file)
         lines = self.env_file.read_text().splitlines()
         self.secrets = dict(line.split("=", 1) for line in lines)
-        files = ["-f", "docker-compose.yml", "-f", "tests/compose/override.yml"]
-        self.command = ["docker", "compose", "-p", "ballast-test", "--env-file", str(self.env_file), *files]
+        self.files = ["docker-compose.yml", "tests/compose/override.yml"]
+
+    @property
+    def command(self) -> list[str]:
+        """Compose, as it is called from a checkout."""
+        files = [part for file in self.files for part in ("-f", file)]
+        project = ["-p", "ballast-test", "--env-file", str(self.env_file)]
+        return ["docker", "compose", *project, *files, "--profile", "monitoring"]
 
     def run(self, *arguments: str) -> str:
         """What Compose prints; raise with all it said if it fails."""
         return self.call(*self.command, *arguments)
 
-    def call(self, *command: str) -> str:
-        ports = {"AIRFLOW_PORT": str(AIRFLOW_PORT), "MLFLOW_PORT": str(MLFLOW_PORT), "BALLAST_TAG": "test"}
-        env = os.environ | ports
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    def call(self, *command: str, cwd: Path = ROOT) -> str:
+        env = os.environ | PORTS | {"BALLAST_TAG": "test", "AIRFLOW_METRICS": "True"}
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return done.stdout
 
+    def services(self) -> dict[str, Any]:
+        """Each, as Compose reads the files."""
+        services: dict[str, Any] = json.loads(self.run("config", "--format", "json"))["services"]
+        return services
+
+    def image(self, service: str) -> str:
+        return str(self.services()[service]["image"])
+
+    def start(self) -> None:
+        self.run("up", "--detach", "--no-build")
+        self.wait()
+
+    def wait(self) -> None:
+        self.call("sh", "scripts/compose_wait.sh", *self.command)
+
     def airflow(self, user: str = "admin", password: str | None = None) -> Airflow:
-        return Airflow(f"http://127.0.0.1:{AIRFLOW_PORT}", user, password or self.secrets["AIRFLOW_ADMIN_PASSWORD"], 60)
+        return Airflow(AIRFLOW, user, password or self.secrets["AIRFLOW_ADMIN_PASSWORD"], 60)
+
+    def ballast(self, *arguments: str) -> str:
+        return self.run("exec", "-T", "worker", "ballast", *arguments)
 
     def status(self) -> str:
-        return self.run("exec", "-T", "worker", "ballast", "status")
+        return self.ballast("status")
+
+    def ask(self, *urls: str, body: str = "", **headers: str) -> list[tuple[int, str]]:
+        """What services without a published port answer: the status, and what they say."""
+        asked = [json.dumps(one) for one in (urls, body, headers)]
+        answers: list[tuple[int, str]] = json.loads(self.run("exec", "-T", "bridge", "python", "-c", ASK, *asked))
+        return answers
+
+    def prometheus(self, *paths: str) -> list[Any]:
+        """What Prometheus' API answers."""
+        answers = self.ask(*(f"http://prometheus:9090/api/v1/{path}" for path in paths))
+        assert {status for status, _ in answers} == {HTTPStatus.OK}, answers
+        return [json.loads(said)["data"] for _, said in answers]
+
+    def ended(self, dag_id: str, run_id: str, within_s: float = 1800) -> None:
+        """Wait until a run has ended well."""
+        airflow = self.airflow()
+        until(run_id, lambda: (run := airflow.find(dag_id, run_id)) and run.over, within_s)
+        run = airflow.run(dag_id, run_id)
+        tasks = airflow.tasks(run)
+        print(f"\n{dag_id}: " + ", ".join(f"{task.task_id} {task.seconds:.0f} s" for task in tasks if task.seconds))
+        assert run.state == "success", [(task.task_id, task.state) for task in tasks]
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +159,20 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         pytest.skip("no Docker engine answers here")
     stack = Stack(tmp_path_factory.mktemp("compose"))
     stack.run("--profile", "*", "config", "--quiet")
+    if not has(stack.image("grafana")):
+        print("\nwithout Grafana: there is no image of it here")
+        stack.files.append("tests/compose/no_grafana.yml")
+    if not has_otlp(stack.image("prometheus")):
+        stack.files.append("tests/compose/receiver.yml")
     began = time.monotonic()
     stack.call("git", "bundle", "create", "--quiet", "deploy/project.bundle", "HEAD")
     stack.run("build", "airflow-init", "project")
     built = time.monotonic()
     print(f"\nbuilt in {built - began:.0f} s")
     try:
-        stack.run("up", "--detach", "--no-build")
-        stack.call("sh", "scripts/compose_wait.sh", *stack.command)
+        stack.start()
         print(f"all healthy {time.monotonic() - built:.0f} s after `up`")
-        print(stack.call("docker", "stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}\t{{.CPUPerc}}"))
+        print(stack.run("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}\t{{.CPUPerc}}"))
         yield stack
     finally:
         stack.run("--profile", "*", "down", "--volumes", "--timeout", "10")
@@ -82,9 +180,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def test_user_interfaces_without_credentials_refuse(stack: Stack) -> None:
     for url in (
-        f"http://127.0.0.1:{AIRFLOW_PORT}/api/v2/dags",
-        f"http://127.0.0.1:{MLFLOW_PORT}/api/2.0/mlflow/experiments/search?max_results=1",
-        f"http://127.0.0.1:{MLFLOW_PORT}/api/2.0/mlflow-artifacts/artifacts?path=1",
+        f"{AIRFLOW}/api/v2/dags",
+        f"{MLFLOW}/api/2.0/mlflow/experiments/search?max_results=1",
+        f"{MLFLOW}/api/2.0/mlflow-artifacts/artifacts?path=1",
     ):
         with pytest.raises(HTTPError) as refused:
             urlopen(url, timeout=20)
@@ -122,34 +220,142 @@ def test_containers_run_without_root_or_the_engine(stack: Stack) -> None:
     assert stack.secrets["AIRFLOW_DB_PASSWORD"] not in held and stack.secrets["AIRFLOW_JWT_SECRET"] not in held
 
 
-def test_turn_through_celery_makes_the_first_champion(stack: Stack) -> None:
-    airflow = stack.airflow("operator", "operator-password")
-    airflow.set_paused("retrain_scheduled", False)
+@pytest.mark.parametrize("service", ["api-server", "worker"])
+def test_image_holds_no_secret_and_nothing_that_was_not_committed(stack: Stack, service: str) -> None:
+    image = stack.image(service)
+    made = stack.call("docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
+    made += stack.call("docker", "image", "inspect", image)
+    assert not re.search(r"(?i)(password|secret|token|_key)\w*=\S", made)
+    look = (
+        "find / -xdev ( -name stack.env -o -name .netrc -o -name .pypirc -o -name .git-credentials -o -name id_rsa"
+        " -o -name id_ed25519 ) -print"
+    )
+    assert stack.call("docker", "run", "--rm", "--network=none", "--user=0", image, *look.split()) == ""
+    if service == "worker":
+        status = ["git", "-C", "/opt/ballast", "status", "--porcelain", "--ignored"]
+        more = stack.call("docker", "run", "--rm", "--network=none", image, *status).splitlines()
+        assert [line for line in more if not line.endswith("__pycache__/")] == []
+
+
+def test_networks_publish_user_interfaces_and_keep_stores_apart(stack: Stack) -> None:
+    running = [json.loads(line) for line in stack.run("ps", "--format", "json").splitlines()]
+    published = {
+        (one["Service"], port["URL"], str(port["PublishedPort"]))
+        for one in running
+        for port in one["Publishers"] or []
+        if port["PublishedPort"]
+    }
+    meant = {"api-server": "AIRFLOW_PORT", "mlflow": "MLFLOW_PORT", "grafana": "GRAFANA_PORT"}
+    assert published == {(name, "127.0.0.1", PORTS[meant[name]]) for name in meant if name in stack.services()}
+    for service, others in {"bridge": "redis s3", "mlflow": "redis prometheus", "worker": "s3 prometheus"}.items():
+        for other in others.split():
+            look = f"import socket\ntry: print(socket.gethostbyname('{other}'))\nexcept OSError: print('unknown')"
+            assert stack.run("exec", "-T", service, "python", "-c", look).strip() == "unknown", (service, other)
+
+
+def test_prometheus_scrapes_both_by_tls_and_has_every_rule(stack: Stack) -> None:
+    def targets() -> dict[str, Any]:
+        return {target["labels"]["job"]: target for target in stack.prometheus("targets")[0]["activeTargets"]}
+
+    found = until("scrapes", lambda: all(one["health"] == "up" for one in targets().values()) and targets())
+    assert {job: one["scrapeUrl"] for job, one in found.items()} == {
+        "ballast-exporter": "http://exporter:9180/metrics",
+        "ballast-bridge": "https://bridge:9190/metrics",
+    }
+    (up,) = stack.prometheus("query?query=up")
+    assert {one["metric"]["job"]: one["value"][1] for one in up["result"]} == {
+        "ballast-exporter": "1",
+        "ballast-bridge": "1",
+    }
+
+    def rules() -> dict[str, Any]:
+        return {rule["name"]: rule for group in stack.prometheus("rules")[0]["groups"] for rule in group["rules"]}
+
+    until("every rule is evaluated", lambda: {rule["health"] for rule in rules().values()} == {"ok"})
+    file = yaml.safe_load((ROOT / "monitoring" / "prometheus" / "rules" / "ballast.yml").read_text())
+    assert set(rules()) == {rule["alert"] for group in file["groups"] for rule in group["rules"]}
+    (receivers,) = stack.prometheus("alertmanagers")
+    assert [one["url"] for one in receivers["activeAlertmanagers"]] == ["http://alertmanager:9093/api/v2/alerts"]
+
+
+def test_bridge_without_the_token_refuses(stack: Stack) -> None:
+    body = json.dumps({"action": "retrain", "source": "nobody", "key": "1", "reason": "none"})
+    for headers in ({}, {"Authorization": "Bearer " + "0" * 48}):
+        ((status, _),) = stack.ask("https://bridge:9190/trigger", body=body, **headers)
+        assert status == HTTPStatus.UNAUTHORIZED
+    assert json.loads(stack.ballast("alerts", "--json"))["alerts"] == []
+
+
+def test_alert_retrains_through_celery_and_is_on_record(stack: Stack) -> None:
+    stack.airflow("operator", "operator-password").set_paused("retrain_on_alert", False)
     began = time.monotonic()
-    run = airflow.trigger("retrain_scheduled", "turn", {"as_of": "2013-04-01"})
-    while not run.over and time.monotonic() - began < 600:
-        time.sleep(2)
-        run = airflow.run(run.dag_id, run.run_id)
-    print("\n" + ", ".join(f"{task.task_id} {task.seconds:.0f} s" for task in airflow.tasks(run) if task.seconds))
-    assert run.state == "success", [(task.task_id, task.state) for task in airflow.tasks(run)]
-    while "champion   v1" not in (said := stack.status()) and time.monotonic() - began < 700:
-        time.sleep(2)
-    assert "champion   v1" in said, said
-    print(f"first champion {time.monotonic() - began:.0f} s after the run was asked for")
+    alert = [{"labels": ALERT, "annotations": {"summary": "The weather of March was delivered again"}}]
+    ((status, said),) = stack.ask("http://alertmanager:9093/api/v2/alerts", body=json.dumps(alert))
+    assert status == HTTPStatus.OK, said
+    known = until("the bridge has it", lambda: json.loads(stack.ballast("alerts", "--json"))["alerts"])
+    assert [one["payload"]["labels"]["alertname"] for one in known] == [ALERT["alertname"]]
+    stack.ended("retrain_on_alert", known[0]["run_id"])
+    until("the first champion", lambda: "champion   v1" in stack.status())
+    print(f"first champion {time.monotonic() - began:.0f} s after the alert")
+    (settled,) = json.loads(stack.ballast("alerts", "--json"))["alerts"]
+    assert settled["status"] == "started"
+    assert ALERT["alertname"] in stack.ballast("explain", "1")
 
 
-def test_backup_and_restore_bring_everything_back(stack: Stack, tmp_path: Path) -> None:
-    before = stack.status()
-    folder = tmp_path / "backup"
-    stack.call("sh", "scripts/compose_backup.sh", str(folder), *stack.command)
+def test_dashboards_every_query_is_answered_by_this_prometheus(stack: Stack) -> None:
+    pages = (ROOT / "monitoring" / "grafana" / "dashboards").glob("*.json")
+    found = [json.loads(one) for page in pages for one in re.findall(r'"expr": ("(?:[^"\\]|\\.)*")', page.read_text())]
+    assert len(found) > 40
+    answers = stack.prometheus(*(f"query?query={quote(query)}" for query in found))
+    data = {query for query, answer in zip(found, answers, strict=True) if answer["result"]}
+    assert [query for query in found if query not in data and not MAY_BE_EMPTY.search(query)] == []
+    assert "ballast_champion_version" in data
+
+
+def test_airflow_sends_metrics_of_its_own_as_documented(stack: Stack) -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(airflow_\w+)` \| ([\w-]+) \|", page, re.M)
+    assert rows
+    until("they come", lambda: set(rows) <= airflow_metrics(stack))
+
+
+def airflow_metrics(stack: Stack) -> set[tuple[str, str]]:
+    """Those that have come, each with the service that sent it."""
+    if "receiver" not in stack.services():
+        (found,) = stack.prometheus("series?match[]=" + quote('{__name__=~"airflow_.+"}'))
+        return {(one["__name__"], one["job"].removeprefix("airflow-")) for one in found}
+    ((_, said),) = stack.ask("http://receiver:9090")
+    told = json.loads(said)
+    return {(name, service.removeprefix("airflow-")) for service, names in told.items() for name in names}
+
+
+def test_upgrade_brings_another_commit_and_its_backup_all_that_was(stack: Stack, tmp_path: Path) -> None:
+    before, history = stack.status(), stack.ballast("history")
+    checkout, backup = tmp_path / "checkout", tmp_path / "backup"
+    stack.call("git", "clone", "--quiet", str(ROOT), str(checkout))
+    with (checkout / "pipelines" / "evaluate.py").open("a") as code:
+        code.write("\n# A stage whose code has changed.\n")
+    commit = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "--quiet", "--all", "-m", "Newer"]
+    stack.call(*commit, cwd=checkout)
+    newer = stack.call("git", "rev-parse", "HEAD", cwd=checkout).strip()
+    said = [f"COMPOSE={' '.join(stack.command)}", f"BACKUP={backup}", "PROFILES=monitoring", "WORKERS=2"]
+    stack.call("make", "compose-upgrade", *said, cwd=checkout)
+    assert (stack.status(), stack.ballast("history")) == (before, history)
+    assert stack.run("ps", "--format", "{{.Service}}").split().count("worker") == 2
+
+    airflow = stack.airflow()
+    run = airflow.trigger("retrain_on_alert", "newer", {"as_of": "2013-04-01", "reason": "evaluate has changed"})
+    stack.ended(run.dag_id, run.run_id)
+    assert airflow.result(run, "evaluate")["commit"] == newer
+
     stack.run("--profile", "*", "down", "--volumes", "--timeout", "10")
-    stack.call("sh", "scripts/compose_restore.sh", str(folder), *stack.command)
-    stack.run("up", "--detach", "--no-build")
-    stack.call("sh", "scripts/compose_wait.sh", *stack.command)
-    assert stack.status() == before
-    assert stack.airflow().run("retrain_scheduled", "turn").state == "success"
+    stack.call("sh", "scripts/compose_restore.sh", str(backup), *stack.command)
+    stack.start()
+    assert (stack.status(), stack.ballast("history")) == (before, history)
+    assert stack.airflow().find("retrain_on_alert", "newer") is None
     read = "import mlflow; mlflow.artifacts.download_artifacts('models:/flight_delays@champion', dst_path='/tmp/model')"
     stack.run("exec", "-T", "worker", "python", "-c", read)
-    assert "model.skops" in stack.run("exec", "-T", "worker", "find", "/tmp/model") or "network.pt2" in stack.run(
-        "exec", "-T", "worker", "find", "/tmp/model"
+    files = stack.run(
+        "exec", "-T", "worker", "find", "/tmp/model", "-name", "model.skops", "-o", "-name", "network.pt2"
     )
+    assert files

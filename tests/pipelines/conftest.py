@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from postgresql import Server, serve
 from threadpoolctl import threadpool_limits
 
 from pipelines import cli, registry, tracking
@@ -246,6 +247,13 @@ class Project:
         made = record.keep(self.root / "data" / "decide", facts)
         state.remember(Decision(made, version, verdict, facts["summary"], facts["as_of"], facts["decided_at"]))
         return made
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """A PostgreSQL server, where its programs are installed."""
+    with serve() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,15 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, date, datetime
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Barrier
 
 import pytest
+from postgresql import Server
 from sqlalchemy import Connection
 
 from pipelines.errors import BallastError, Conflict, Held
@@ -105,6 +107,21 @@ def test_append_by_eight_processes_at_once_keeps_the_chain_whole(tmp_path: Path)
     assert state.verify() == []
     assert len(ledger) == sum(map(sum, won)) >= 5
     assert [sum(entry.to_version == version for entry in ledger) for version in range(1, 9)] == list(map(sum, won))
+
+
+def test_state_is_made_by_eight_at_once_on_postgresql(server: Server) -> None:
+    where = server.url.replace("postgresql:", "postgresql+psycopg:")
+    start = Barrier(8)
+
+    def make(_: int) -> None:
+        start.wait()
+        State(where).ledger()
+
+    for _ in range(5):
+        server.run("DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(make, range(8)))
+    assert State(where).verify() == []
 
 
 def freeze(state: State, kind: Note = "freeze") -> None:
