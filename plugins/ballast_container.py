@@ -1,8 +1,8 @@
 """A DVC stage in a container: Airflow's DockerOperator, with what the stage needs and nothing else.
 
-Where ``BALLAST_STAGE_RUNNER`` is ``container``, ``python -m pipelines.run`` still holds the workspace, asks the run cache
-and records. Only the stage's command it leaves to us, as a line of JSON (``pipelines/container.py``). docs/operations.md
-has the settings.
+Where ``BALLAST_STAGE_RUNNER`` is ``container``, ``python -m pipelines.run`` still holds the workspace, asks the run
+cache and records. Only the stage's command it leaves to us, as a line of JSON (``pipelines/container.py``).
+docs/operations.md has the settings.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class StageContainer(DockerOperator):
     kill it where the task has timed out.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, *, context: Context, **kwargs: Any) -> None:
         ti = context["ti"]
         super().__init__(
             task_id=ti.task_id,
@@ -68,6 +68,7 @@ class StageContainer(DockerOperator):
             mount_tmp_dir=False,
             auto_remove="never",
             **_tls(),
+            **kwargs,
         )
         self._asked_to_end = False
         var = os.environ.get("BALLAST_VAR") or str(Path(__file__).resolve().parent.parent / "var")

@@ -105,7 +105,7 @@ class StepOperator(BaseOperator, BranchMixIn):
         if self.step in STAGES and os.environ.get("BALLAST_STAGE_RUNNER") == "container":
             from ballast_container import StageContainer
 
-            self.container = StageContainer(context)
+            self.container = StageContainer(context=context)
         arguments = self.arguments(context) if callable(self.arguments) else self.arguments
         code, lines = self._stream(self._command(context, arguments), self._environment(context))
         results = [line for line in lines if line.startswith(RESULT)]
@@ -126,6 +126,9 @@ class StepOperator(BaseOperator, BranchMixIn):
         """Pass SIGTERM on: the step has until Airflow's own kill to write its checkpoint."""
         if self.container:
             self.container.on_kill()
+        self._terminate()
+
+    def _terminate(self) -> None:
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
 
@@ -155,7 +158,7 @@ class StepOperator(BaseOperator, BranchMixIn):
                         self.log.info("%s", last[-1])
                 self.process.wait()
             finally:  # a timeout raises in the loop: the step must not go on without us
-                self.on_kill()
+                self._terminate()
         return self.process.returncode, list(last)
 
     def _contain(self, container: StageContainer, request: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,213 @@
+"""Stages in containers of a real Docker engine, started by the real operator in a process as a worker has it.
+
+Needs a Docker engine. Builds the image of the stages as the Compose stack does, from the commit that is checked out, or
+takes the one whose id is in ``BALLAST_STAGE_IMAGE``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from .conftest import PROJECT, clean_environment, own_project
+
+sys.path.insert(0, str(PROJECT / "scripts"))
+from make_secrets import make
+
+pytestmark = pytest.mark.e2e
+STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
+AS_OF = "2024-03-20"
+# What Airflow's task process does: execute, within the timeout, and on_kill at SIGTERM.
+WORKER = """
+import json, logging, os, signal, sys
+from types import SimpleNamespace
+sys.path.append("plugins")
+from airflow.sdk.execution_time.timeout import timeout
+from ballast_operators import StepOperator
+step, run_id, attempt = sys.argv[1:]
+operator = StepOperator(step=step)
+ti = SimpleNamespace(task=operator, task_id=step, dag_id="d", run_id=run_id, try_number=int(attempt))
+dag_run = SimpleNamespace(dag_id="d", run_id=run_id, run_type="manual", conf={})
+signal.signal(signal.SIGTERM, lambda *_: operator.on_kill())
+try:
+    with timeout(int(os.environ.get("TIMEOUT_S", "600"))):
+        result = operator.execute({"dag_run": dag_run, "params": {"as_of": "2024-03-20"}, "ti": ti})
+except BaseException as error:
+    print(f"raised {type(error).__name__}: {error}")
+    sys.exit(1)
+print("result " + json.dumps(result))
+"""
+# A stage that tells where it is, and does as its argument says.
+PROBE = """
+import json, os, pathlib, signal, sys, time
+out = pathlib.Path("data/validate")
+def asked(*_):
+    (out / "asked").write_text("to end")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, asked)
+print("probe begins", flush=True)
+def writable(place):
+    try:
+        pathlib.Path(place, "x").touch()
+    except OSError:
+        return False
+    return True
+what = sys.argv[1]
+if what == "sleep":
+    time.sleep(300)
+if what == "memory":
+    kept = [bytearray(1 << 20) for _ in range(1 << 12)]
+if what.isdigit():
+    print("error: told to", file=sys.stderr)
+    sys.exit(int(what))
+places = ["/", "/tmp", ".", ".git", "data", "data/validate", os.environ["BALLAST_VAR"]]
+found = {
+    "user": [os.getuid(), os.getgid()],
+    "interfaces": sorted(os.listdir("/sys/class/net")),
+    "writable": [place for place in places if writable(place)],
+    "var": sorted(os.listdir(os.environ["BALLAST_VAR"])),
+    "environment": dict(os.environ),
+}
+(out / "result.json").write_text(json.dumps(found))
+"""
+
+
+def docker(*arguments: str) -> str:
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The id of the image that the stages run in."""
+    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("no Docker engine answers here")
+    if given := os.environ.get("BALLAST_STAGE_IMAGE"):
+        return given
+    secrets = tmp_path_factory.mktemp("secrets") / "stack.env"
+    make(secrets)
+    subprocess.run(["git", "bundle", "create", "-q", "deploy/project.bundle", "HEAD"], cwd=PROJECT, check=True)
+    files = ["--env-file", str(secrets), "-f", "docker-compose.yml", "-f", "tests/compose/override.yml"]
+    command = ["docker", "compose", "-p", "ballast-test", *files, "build", "--quiet", "project"]
+    subprocess.run(command, cwd=PROJECT, env={**os.environ, "BALLAST_TAG": "test"}, check=True)
+    return docker("image", "inspect", "--format", "{{.Id}}", "ballast-pipeline:test")
+
+
+class Site:
+    """A project with run-time state of its own, and a worker that runs its stages in containers."""
+
+    def __init__(self, root: Path, image: str) -> None:
+        self.root, self.image = own_project(root), image
+
+    def change(self, file: str, text: str) -> None:
+        (self.root / file).write_text(text)
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        for command in (["add", "-A"], [*identity, "commit", "-qm", "A change"]):
+            subprocess.run(["git", *command], cwd=self.root, check=True)
+
+    def probe(self, does: str) -> None:
+        """Make `validate` the one stage, and a probe."""
+        self.change("probe.py", PROBE)
+        outs = {"outs": ["data/validate/result.json"]}
+        stages = {"validate": {"cmd": f"true && python probe.py {does}", "deps": ["probe.py"], **outs}}
+        self.change("dvc.yaml", yaml.safe_dump({"stages": stages}))
+
+    def start(self, stage: str, run_id: str = "r", attempt: int = 1, **more: str) -> subprocess.Popen[str]:
+        settings = {
+            "AIRFLOW_HOME": str(self.root / "var" / "airflow"),
+            "BALLAST_STAGE_RUNNER": "container",
+            "BALLAST_STAGE_IMAGE": self.image,
+            "BALLAST_STAGE_SOURCE_NETWORK": "none",
+            "BALLAST_STAGE_MLFLOW_NETWORK": "none",
+            "DVC_SITE_CACHE_DIR": str(self.root / "var" / "dvc-site"),
+        }
+        command = [sys.executable, "-c", WORKER, stage, run_id, str(attempt)]
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=self.root, env=clean_environment(**{**settings, **more}), **output)
+
+    def run(self, stage: str, run_id: str = "r", attempt: int = 1, **more: str) -> str:
+        """What a worker says that is waited for."""
+        return self.start(stage, run_id, attempt, **more).communicate(timeout=300)[0]
+
+    def result(self, stage: str, run_id: str = "r", attempt: int = 1, **more: str) -> dict[str, Any]:
+        output = self.run(stage, run_id, attempt, **more)
+        assert "\nresult {" in output, output
+        found: dict[str, Any] = json.loads(output.rpartition("\nresult ")[2])
+        return found
+
+    def local(self, stage: str, run_id: str) -> None:
+        command = [sys.executable, "-m", "pipelines.run", stage, "--dag-id=d", f"--run-id={run_id}", f"--as-of={AS_OF}"]
+        env = clean_environment(DVC_SITE_CACHE_DIR=str(self.root / "var" / "dvc-site"))
+        subprocess.run(command, cwd=self.root, env=env, check=True, capture_output=True)
+
+    def containers(self) -> list[str]:
+        mine = f"label=ballast.var={self.root / 'var'}"
+        return docker("ps", "--all", "--quiet", "--no-trunc", "--filter", mine).split()
+
+    def container(self, worker: subprocess.Popen[str]) -> dict[str, Any]:
+        """The container of a worker as the engine has it, once it runs."""
+        while worker.poll() is None:
+            for found in self.containers():
+                inspected = json.loads(docker("inspect", found))[0]
+                if inspected["State"]["Running"]:
+                    return dict(inspected)
+            time.sleep(0.05)
+        raise AssertionError(worker.communicate()[0])
+
+    def workspace(self, run_id: str = "r") -> Path:
+        return self.root / "var" / "runs" / "d" / run_id
+
+
+def read_until(worker: subprocess.Popen[str], text: str) -> None:
+    assert worker.stdout is not None
+    said = []
+    for line in worker.stdout:
+        said.append(line)
+        if text in line:
+            return
+    raise AssertionError("".join(said))
+
+
+@pytest.fixture
+def site(tmp_path: Path, image: str) -> Iterator[Site]:
+    """A project; afterwards nothing of its containers may be left."""
+    site = Site(tmp_path / "project", image)
+    yield site
+    left = site.containers()
+    if left:
+        docker("rm", "--force", *left)
+    assert not left, "a container was left behind"
+
+
+def test_stages_in_containers_and_here_end_in_the_same_lock(site: Site) -> None:
+    for stage in STAGES:
+        assert site.result(stage)["image"] == site.image
+    shutil.rmtree(site.root / ".dvc" / "cache")  # else the second run would take everything from it
+    for stage in STAGES:
+        site.local(stage, "local")
+    locks = [(site.workspace(run) / "dvc.lock").read_text() for run in ("r", "local")]
+    assert locks[0] == locks[1]
+    cached = site.result("train", "again")
+    assert (cached["cached"], "image" in cached) == (False, True), "land, ingest and prepare of this run are missing"
+
+
+def test_container_is_confined_limited_and_told_no_more_than_it_needs(site: Site) -> None:
+    secret = {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "secret-a", "MLFLOW_TRACKING_PASSWORD": "secret-b"}
+    limits = {"BALLAST_STAGE_MEMORY": "2g", "BALLAST_STAGE_CPUS": "1.5", "BALLAST_STAGE_SHM": "256m"}
+    site.probe("nothing")
+    found = site.result("validate", **secret, **limits)
+    assert found["user"] == [10001, 10001] if os.geteuid() == 0 else [os.geteuid(), os.getegid()]
+    assert found["interfaces"] == ["lo"]
+    assert found["writable"] == ["/tmp", "data/validate"]
+    assert found["var"] == ["runs"]
+    assert not [value for value in found["environment"].values() if "secret" in value]
+    assert "BALLAST_STATE_URI" not in found["environment"]
