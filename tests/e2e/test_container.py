@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,7 @@ class Site:
 
     def __init__(self, root: Path, image: str) -> None:
         self.root, self.image = own_project(root), image
+        self.workers: list[subprocess.Popen[str]] = []
 
     def change(self, file: str, text: str) -> None:
         (self.root / file).write_text(text)
@@ -132,7 +134,9 @@ class Site:
         }
         command = [sys.executable, "-c", WORKER, stage, run_id, str(attempt)]
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=self.root, env=clean_environment(**{**settings, **more}), **output)
+        env = clean_environment(**{**settings, **more})
+        self.workers.append(subprocess.Popen(command, cwd=self.root, env=env, **output))
+        return self.workers[-1]
 
     def run(self, stage: str, run_id: str = "r", attempt: int = 1, **more: str) -> str:
         """What a worker says that is waited for."""
@@ -182,6 +186,9 @@ def site(tmp_path: Path, image: str) -> Iterator[Site]:
     """A project; afterwards nothing of its containers may be left."""
     site = Site(tmp_path / "project", image)
     yield site
+    for worker in site.workers:
+        worker.kill()
+        worker.communicate()
     left = site.containers()
     if left:
         docker("rm", "--force", *left)
@@ -200,14 +207,105 @@ def test_stages_in_containers_and_here_end_in_the_same_lock(site: Site) -> None:
     assert (cached["cached"], "image" in cached) == (False, True), "land, ingest and prepare of this run are missing"
 
 
-def test_container_is_confined_limited_and_told_no_more_than_it_needs(site: Site) -> None:
-    secret = {"AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": "secret-a", "MLFLOW_TRACKING_PASSWORD": "secret-b"}
-    limits = {"BALLAST_STAGE_MEMORY": "2g", "BALLAST_STAGE_CPUS": "1.5", "BALLAST_STAGE_SHM": "256m"}
+def test_container_holds_no_more_than_its_stage_needs(site: Site) -> None:
     site.probe("nothing")
-    found = site.result("validate", **secret, **limits)
-    assert found["user"] == [10001, 10001] if os.geteuid() == 0 else [os.geteuid(), os.getegid()]
+    secrets = {"AIRFLOW__API_AUTH__JWT_SECRET": "secret-of-airflow", "MLFLOW_TRACKING_PASSWORD": "secret-of-mlflow"}
+    found = site.result("validate", OMP_NUM_THREADS="2", **secrets)
+    assert found["user"] == ([10001, 10001] if os.geteuid() == 0 else [os.geteuid(), os.getegid()])
     assert found["interfaces"] == ["lo"]
     assert found["writable"] == ["/tmp", "data/validate"]
     assert found["var"] == ["runs"]
-    assert not [value for value in found["environment"].values() if "secret" in value]
-    assert "BALLAST_STATE_URI" not in found["environment"]
+    held = found["environment"]
+    assert (held["OMP_NUM_THREADS"], held["BALLAST_RUN"]) == ("2", "r")
+    assert "BALLAST_STATE_URI" not in held
+    assert not [value for value in held.values() if "secret" in value]
+
+
+def test_container_is_limited_and_named_as_the_engine_sees_it(site: Site) -> None:
+    site.probe("sleep")
+    limits = {"BALLAST_STAGE_MEMORY": "2g", "BALLAST_STAGE_CPUS": "1.5", "BALLAST_STAGE_SHM": "256m"}
+    worker = site.start("validate", attempt=2, **limits)
+    found = site.container(worker)
+    host, labels = found["HostConfig"], found["Config"]["Labels"]
+    assert (host["Memory"], host["NanoCpus"], host["ShmSize"]) == (2 << 30, 1_500_000_000, 256 << 20)
+    assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges:true"])
+    assert (host["ReadonlyRootfs"], host["Privileged"], host["Init"]) == (True, False, True)
+    assert (host["NetworkMode"], host["PidsLimit"]) == ("none", 4096)
+    named = {name: labels[f"ballast.{name}"] for name in ("dag", "run", "task", "try")}
+    assert named == {"dag": "d", "run": "r", "task": "validate", "try": "2"}
+    worker.send_signal(signal.SIGTERM)
+    assert "AirflowException: validate was killed (exit 143)" in worker.communicate(timeout=60)[0]
+    assert (site.workspace() / "data" / "validate" / "asked").exists(), "a shell has kept the signal for itself"
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("65", "AirflowFailException: validate rejected the data: told to"),
+        ("75", "AirflowException: validate can be tried again: told to"),
+        ("3", r"AirflowFailException: validate failed (exit 3): told to"),
+        ("memory", "AirflowException: validate was killed (exit 137): It needed more memory than its 100m."),
+    ],
+)
+def test_container_exit_code_says_whether_to_try_again(site: Site, does: str, said: str) -> None:
+    site.probe(does)
+    output = site.run("validate", BALLAST_STAGE_MEMORY="100m")
+    assert f"raised {said}" in output, output
+    assert not (site.workspace() / "dvc.lock").exists()
+
+
+def test_container_at_the_task_s_timeout_is_asked_to_end(site: Site) -> None:
+    site.probe("sleep")
+    assert "raised AirflowTaskTimeout" in site.run("validate", TIMEOUT_S="25")
+    assert (site.workspace() / "data" / "validate" / "asked").exists()
+
+
+def test_container_of_a_killed_worker_goes_at_the_next_try(site: Site) -> None:
+    site.probe("sleep")
+    worker = site.start("validate")
+    left = site.container(worker)["Id"]
+    worker.kill()
+    worker.communicate()
+    assert site.containers() == [left]
+    other = site.start("validate", run_id="other")
+    theirs = site.container(other)["Id"]
+    again = site.start("validate", attempt=2)
+    read_until(again, "left behind by an earlier attempt")
+    read_until(again, "probe begins")
+    assert left not in site.containers()
+    assert theirs in site.containers(), "the container of another run was removed"
+    for process in (other, again):
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_training_in_a_container_goes_on_from_its_checkpoint(site: Site) -> None:
+    params = yaml.safe_load((site.root / "params.yaml").read_text())
+    params["train"] |= {"candidates": ["tabm"], "refit": False}
+    params["train"]["tabm"] |= {"epochs": 12, "patience": 12}
+    site.change("params.yaml", yaml.safe_dump(params, sort_keys=False))
+    for stage in STAGES[:4]:
+        site.result(stage)
+    worker = site.start("train")
+    read_until(worker, "epoch 2/")
+    worker.terminate()
+    assert "AirflowException: train was killed (exit 143)" in worker.communicate(timeout=60)[0]
+    output = site.run("train", attempt=2)
+    assert "goes on at epoch" in output, output
+    whole = (site.workspace() / "dvc.lock").read_text()
+    shutil.rmtree(site.root / ".dvc" / "cache")
+    for stage in STAGES[:5]:
+        site.local(stage, "unbroken")
+    assert (site.workspace("unbroken") / "dvc.lock").read_text() == whole
+
+
+def test_engine_away_is_tried_again(site: Site) -> None:
+    output = site.run("land", DOCKER_HOST="tcp://127.0.0.1:9")
+    assert "raised AirflowException: No Docker engine answers at tcp://127.0.0.1:9" in output, output
+    assert not site.workspace().exists()
+
+
+def test_image_of_another_lock_is_refused(site: Site) -> None:
+    site.probe("nothing")
+    site.change("uv.lock", "another")
+    assert "The image of the stages holds another uv.lock than the commit." in site.run("validate")
