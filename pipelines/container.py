@@ -21,10 +21,12 @@ RUNNER = "BALLAST_STAGE_RUNNER"
 SET = ("BALLAST_VAR", "BALLAST_SOURCE", "BALLAST_LANDING", "BALLAST_DAG", "BALLAST_RUN", "BALLAST_LINKS")
 THREADS = ("*_NUM_THREADS",)
 NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE")
-# The image holds an environment too: the one that the commit names, or nothing would be what the record says.
-CHECKED = """cmp -s "$VIRTUAL_ENV/uv.lock" uv.lock || {
+# The image holds an environment too: it must be the one that the commit names. stderr goes where stdout goes, as the
+# engine would mix the two within a line.
+CHECKED = """exec 2>&1
+cmp -s "$VIRTUAL_ENV/uv.lock" uv.lock || {
 echo 'error: The image of the stages holds another uv.lock than the commit. Build it from this commit, and set \
-BALLAST_STAGE_IMAGE to what it is then.' >&2
+BALLAST_STAGE_IMAGE to what it is then.'
 exit 1
 }
 exec bash --norc -c "$0\""""

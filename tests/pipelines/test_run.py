@@ -307,7 +307,9 @@ class Asked(NamedTuple):
     request: dict[str, Any]
 
 
-def run_asking(project: Project, step: str, answer: str | None = None, run_id: str = "r1") -> Asked:
+def run_asking(
+    project: Project, step: str, answer: str | None = None, run_id: str = "r1", environment: str = sys.prefix
+) -> Asked:
     """Be the parent of a step whose stage is to run in a container: answer so, or else run it, here."""
     env = {**project.environment(), "BALLAST_STAGE_RUNNER": "container"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -318,7 +320,7 @@ def run_asking(project: Project, step: str, answer: str | None = None, run_id: s
             request = json.loads(line.removeprefix(container.COMMAND))
             break
     if request and answer is None:
-        inside = {"PATH": env["PATH"], "VIRTUAL_ENV": sys.prefix, **request["env"]}
+        inside = {"PATH": env["PATH"], "VIRTUAL_ENV": environment, **request["env"]}
         answer = f"{subprocess.run(request['command'], cwd=request['cwd'], env=inside, check=False).returncode}\n"
     out, err = process.communicate(answer)
     return Asked(subprocess.CompletedProcess(process.args, process.returncode, line + out, err), request)
@@ -334,6 +336,12 @@ def test_run_stage_that_its_parent_ran_ends_as_one_that_ran_here(project: Projec
     result_of(project.run("land", "r3"))
     locks = [(project.workspace(run) / "dvc.lock").read_text() for run in ("r1", "r2", "r3")]
     assert locks[0] == locks[1] == locks[2]
+
+
+def test_run_stage_in_an_image_of_another_lock_is_refused(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "uv.lock").write_text("another")
+    asked = run_asking(project, "land", environment=str(tmp_path))
+    assert (asked.done.returncode, project.times("land")) == (1, 0)
 
 
 @pytest.mark.parametrize(
