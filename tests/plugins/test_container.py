@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("airflow_database"),
     pytest.mark.filterwarnings("default"),  # Airflow warns of its own libraries
 ]
+PROJECT = Path(__file__).resolve().parents[2]
 IMAGE = f"sha256:{'a' * 64}"
 REQUEST = {
     "command": ["bash", "-c", "it"],
@@ -185,5 +188,19 @@ def test_engine_by_tls_takes_docker_s_own_variables(engine: type[Engine], monkey
         container()
 
 
-def test_steps_that_are_no_stages_need_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_that_run_in_containers_are_the_pipeline_s() -> None:
     assert ballast_operators.STAGES == run.STAGES
+
+
+def test_settings_stand_in_the_operations_page_and_in_compose() -> None:
+    setting = re.compile(r"BALLAST_STAGE_[A-Z_]+|BALLAST_DOCKER_CONN")
+    read = set(setting.findall((PROJECT / "plugins" / "ballast_container.py").read_text()))
+    in_compose = set(setting.findall((PROJECT / "deploy" / "containers.yml").read_text()))
+    assert read - in_compose == {"BALLAST_STAGE_USER"}, "add it to deploy/containers.yml; no worker is root there"
+    assert not read - set(setting.findall((PROJECT / "docs" / "operations.md").read_text()))
+
+
+def test_compose_holds_the_engine_s_certificates_and_no_socket() -> None:
+    text = (PROJECT / "deploy" / "containers.yml").read_text()
+    assert "docker.sock" not in text
+    assert 'DOCKER_TLS_VERIFY: "1"' in text
