@@ -23,7 +23,7 @@ from airflow.sdk import Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 from docker import APIClient
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
-from docker.types import DeviceRequest, Mount
+from docker.types import DeviceRequest, Healthcheck, Mount
 from requests.exceptions import RequestException
 
 PINNED = re.compile(r"([^@]+@)?sha256:[0-9a-f]{64}")
@@ -124,7 +124,8 @@ class StageContainer(DockerOperator):
             start(container)
 
         client.create_host_config = partial(client.create_host_config, **confined)
-        client.create_container = partial(client.create_container, stop_timeout=STOP_S)
+        no_check = Healthcheck(test=["NONE"])  # the image's own is of services
+        client.create_container = partial(client.create_container, stop_timeout=STOP_S, healthcheck=no_check)
         client.start = start_unless_ended
         return client
 

@@ -139,7 +139,7 @@ class Site:
 
     def run(self, stage: str, run_id: str = "r", attempt: int = 1, **more: str) -> str:
         """What a worker says that is waited for."""
-        return self.start(stage, run_id, attempt, **more).communicate(timeout=300)[0]
+        return self.start(stage, run_id, attempt, **more).communicate(timeout=900)[0]
 
     def result(self, stage: str, run_id: str = "r", attempt: int = 1, **more: str) -> dict[str, Any]:
         output = self.run(stage, run_id, attempt, **more)
@@ -223,6 +223,7 @@ def test_container_is_limited_and_named_as_the_engine_sees_it(site: Site) -> Non
     assert (host["CapDrop"], host["SecurityOpt"]) == (["ALL"], ["no-new-privileges:true"])
     assert (host["ReadonlyRootfs"], host["Privileged"], host["Init"]) == (True, False, True)
     assert (host["NetworkMode"], host["PidsLimit"]) == ("none", 4096)
+    assert "Health" not in found["State"]
     named = {name: labels[f"ballast.{name}"] for name in ("dag", "run", "task", "try")}
     assert named == {"dag": "d", "run": "r", "task": "validate", "try": "2"}
     worker.send_signal(signal.SIGTERM)
