@@ -123,10 +123,15 @@ class StageContainer(DockerOperator):
                 raise AirflowException("The task was asked to end before its container had started.")
             start(container)
 
+        def lines(container: str, **_: object) -> Iterator[bytes]:
+            # Attached by TLS, docker-py polls the socket beneath, and keeps each line back until the next comes.
+            yield from client.logs(container, stream=True, follow=True)
+
         client.create_host_config = partial(client.create_host_config, **confined)
         no_check = Healthcheck(test=["NONE"])  # the image's own is of services
         client.create_container = partial(client.create_container, stop_timeout=STOP_S, healthcheck=no_check)
         client.start = start_unless_ended
+        client.attach = lines
         return client
 
     def _remove_leftovers(self, labels: Mapping[str, str]) -> None:

@@ -22,7 +22,11 @@ import pytest
 
 from pipelines.dagruns import Airflow
 
-pytestmark = pytest.mark.compose
+pytestmark = [
+    pytest.mark.compose,
+    # What a cut connection leaves is collected in any test.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 ROOT = Path(__file__).parent.parent.parent
 PORTS = {"AIRFLOW_PORT": "28180", "MLFLOW_PORT": "25100"}
 TAG = os.environ.get("BALLAST_TAG", "test")
@@ -68,13 +72,17 @@ class Endpoint:
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(folder / "ca.pem"))
         self.context.verify_mode = ssl.CERT_REQUIRED
         self.context.load_cert_chain(folder / "server.pem", folder / "server-key.pem")
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        begun = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self.forward, address, 0, ssl=self.context), self.loop
-        )
-        self.server = begun.result(10)
-        self.port: int = self.server.sockets[0].getsockname()[1]
+        self.address, self.port, self.ready = address, 0, threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.serve()))
+        self.thread.start()
+        assert self.ready.wait(10)
+
+    async def serve(self) -> None:
+        self.loop, self.asked_to_end = asyncio.get_running_loop(), asyncio.Event()
+        async with await asyncio.start_server(self.forward, self.address, 0, ssl=self.context) as server:
+            self.port = server.sockets[0].getsockname()[1]
+            self.ready.set()
+            await self.asked_to_end.wait()
 
     async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_unix_connection("/var/run/docker.sock")
@@ -89,8 +97,8 @@ class Endpoint:
             target.close()
 
     def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.server.close)
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.loop.call_soon_threadsafe(self.asked_to_end.set)
+        self.thread.join()
 
 
 class Stack:
