@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,10 @@ class Endpoint:
 
     async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_unix_connection("/var/run/docker.sock")
-        await asyncio.gather(self.pump(reader, inner_writer), self.pump(inner_reader, writer), return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(
+                self.pump(reader, inner_writer), self.pump(inner_reader, writer), return_exceptions=True
+            )
 
     async def pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
         try:
