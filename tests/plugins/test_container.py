@@ -40,16 +40,18 @@ REQUEST = {
 
 
 class Engine(BaseHTTPRequestHandler):
-    """Knows one volume and one image; what it is asked to create is kept, and refused with ``refusal``."""
+    """Knows one volume and one image; what it is asked to create is kept, and answered with ``verdict``."""
 
     asked: list[dict[str, Any]]
-    refusal: int
+    started: list[str]
+    verdict: int
     known = (
         ("/version", {"ApiVersion": "1.41"}),
         ("/_ping", "OK"),
         ("/containers/json", []),
         ("/volumes/ballast_var", {"Mountpoint": "/engine/volumes/var"}),
         (f"/images/{IMAGE}/json", {}),
+        ("/containers/one/json", {"State": {"ExitCode": 0, "OOMKilled": False}}),
     )
 
     def do_GET(self) -> None:
@@ -58,9 +60,16 @@ class Engine(BaseHTTPRequestHandler):
         self.answer(200 if found else 404, found[0] if found else {"message": f"no {path}"})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append(json.loads(body))
-        self.answer(self.refusal, {"message": "not today"})
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.path.endswith("/create"):
+            self.asked.append(json.loads(body))
+            self.answer(self.verdict, {"Id": "one", "message": "not today"})
+            return
+        self.started += [self.path] if self.path.endswith("/start") else []
+        self.answer(HTTPStatus.OK, {})
+
+    def do_DELETE(self) -> None:
+        self.answer(HTTPStatus.OK, {})
 
     def answer(self, status: int, body: Any) -> None:
         self.send_response(status)
@@ -77,7 +86,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Engine]]:
     for name in list(os.environ):
         if name.startswith(("BALLAST_", "DOCKER_")):
             monkeypatch.delenv(name)
-    handler: type[Engine] = type("One", (Engine,), {"asked": [], "refusal": HTTPStatus.BAD_REQUEST})
+    handler: type[Engine] = type("One", (Engine,), {"asked": [], "started": [], "verdict": HTTPStatus.BAD_REQUEST})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{server.server_port}")
         monkeypatch.setenv("BALLAST_STAGE_IMAGE", IMAGE)
@@ -172,11 +181,21 @@ def test_image_that_is_not_pinned_is_refused(engine: type[Engine], monkeypatch: 
 
 
 def test_engine_that_fails_is_tried_again(engine: type[Engine]) -> None:
-    engine.refusal = HTTPStatus.INTERNAL_SERVER_ERROR
+    engine.verdict = HTTPStatus.INTERNAL_SERVER_ERROR
     made = container()
     with pytest.raises(AirflowException, match="can be tried again") as caught:
         made.run(REQUEST)
     assert type(caught.value) is AirflowException
+    made.cli.close()
+
+
+def test_container_of_a_task_that_was_asked_to_end_does_not_start(engine: type[Engine]) -> None:
+    engine.verdict = HTTPStatus.CREATED
+    made = container()
+    made.on_kill()
+    with pytest.raises(AirflowException, match="asked to end before its container had started"):
+        made.run(REQUEST)
+    assert (len(engine.asked), engine.started) == (1, [])
     made.cli.close()
 
 
