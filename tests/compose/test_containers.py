@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         pytest.skip("no Docker engine answers here")
     folder = tmp_path_factory.mktemp("contained")
     certificates(folder / "certificates")
-    gateway = call("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}")
-    endpoint = Endpoint(folder / "certificates", gateway)
+    subnet = call("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}")
+    endpoint = Endpoint(folder / "certificates", str(ip_network(subnet)[1]))  # what containers call host-gateway
     stack = Stack(folder, "none yet", endpoint.port)
     if TAG == "test":
         call("git", "bundle", "create", "--quiet", "deploy/project.bundle", "HEAD")
