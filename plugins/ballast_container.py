@@ -111,11 +111,10 @@ class StageContainer(DockerOperator):
             client = super().cli
         except AirflowException as error:
             raise AirflowException(
-                f"No Docker engine answers at {self.docker_url}: its log line above says why. "
+                f"No Docker engine answers at {self.docker_url} (the line above says why). "
                 "Start it, or mend DOCKER_HOST; the task can be tried again."
             ) from error
-        cpus = os.environ.get("BALLAST_STAGE_CPUS")
-        confined = {**CONFINED, **({"nano_cpus": int(float(cpus) * 1e9)} if cpus else {})}
+        confined = {**CONFINED, "nano_cpus": _nano_cpus()}
         start = client.start
 
         def start_unless_ended(container: str) -> None:
@@ -190,8 +189,10 @@ class StageContainer(DockerOperator):
             if error.is_client_error() and error.status_code != HTTPStatus.CONFLICT:
                 raise AirflowFailException(f"The Docker engine refuses it: {error.explanation or error}.") from error
             raise AirflowException(f"The Docker engine failed; the task can be tried again: {error}.") from error
-        except (DockerException, RequestException) as error:
+        except RequestException as error:
             raise AirflowException(f"The Docker engine went away; the task can be tried again: {error}.") from error
+        except DockerException as error:
+            raise AirflowFailException(f"The Docker client cannot use a setting: {error}.") from error
 
 
 def _image() -> str:
@@ -231,6 +232,13 @@ def _hand_over(folder: Path, user: str) -> None:
 
 def _network(need: str | None) -> str:
     return (os.environ.get(NETWORKS[need]) or "bridge") if need else "none"
+
+
+def _nano_cpus() -> int | None:
+    asked = os.environ.get("BALLAST_STAGE_CPUS") or "0"
+    if not re.fullmatch(r"\d+(\.\d+)?", asked):
+        raise AirflowFailException(f"BALLAST_STAGE_CPUS must be a number such as 1.5 (found {asked!r}).")
+    return int(float(asked) * 1e9) or None
 
 
 def _gpus() -> list[DeviceRequest] | None:

@@ -203,8 +203,25 @@ def test_engine_by_tls_takes_docker_s_own_variables(engine: type[Engine], monkey
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
     monkeypatch.setenv("DOCKER_CERT_PATH", "/nowhere")
-    with pytest.raises(Exception, match="Path to a certificate and key files must be provided"):
+    with pytest.raises(AirflowFailException, match="Path to a certificate and key files must be provided"):
         container()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("BALLAST_STAGE_CPUS", "BALLAST_STAGE_CPUS must be a number such as 1.5 .found 'many'"),
+        ("BALLAST_STAGE_GPUS", "BALLAST_STAGE_GPUS must be all or a number .found 'many'"),
+        ("BALLAST_STAGE_MEMORY", "The Docker client cannot use a setting: The specified value for memory .many."),
+        ("BALLAST_STAGE_MOUNTS", "BALLAST_STAGE_MOUNTS must be pairs such as .* .found 'many'"),
+    ],
+)
+def test_setting_that_means_nothing_fails_at_once(
+    engine: type[Engine], monkeypatch: pytest.MonkeyPatch, setting: str, said: str
+) -> None:
+    monkeypatch.setenv(setting, "many")
+    with pytest.raises(AirflowFailException, match=said):
+        container().run(REQUEST)
 
 
 def test_stages_that_run_in_containers_are_the_pipeline_s() -> None:
