@@ -382,7 +382,7 @@ def _show_records(out: Console, found: dict[str, Any]) -> None:
     _line(out, "environment", " · ".join([lock, *said]))
 
 
-_ENVIRONMENT = ("python", "torch", "threads", "machine", "cpu_capability", "gpu")
+_ENVIRONMENT = ("python", "torch", "threads", "machine", "cpu_capability", "gpu", "image")
 
 
 def _missing_words(why: str) -> str:

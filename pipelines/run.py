@@ -2,7 +2,8 @@
 
 ``python -m pipelines.run STEP --dag-id D --run-id R`` works in the run's workspace, streams the step's output, keeps
 its exit code, and prints as its last line ``ballast-result`` and the step's result as JSON. Plain ``dvc repro`` would
-turn every exit code into 255 and, on SIGTERM, die and leave the stage running.
+turn every exit code into 255 and, on SIGTERM, die and leave the stage running. With ``BALLAST_STAGE_RUNNER=container``
+it asks whoever runs it to run a stage's command instead: ``pipelines.container``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pipelines import container
 from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
@@ -80,7 +82,7 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
             print(f"{name} is cached: its code, settings and data are those of an earlier run", flush=True)
         else:
             for line in stage.cmd if isinstance(stage.cmd, list) else [stage.cmd]:
-                _run_command([*SHELL, line], root, env, lock)
+                _run_line(name, line, root, env, lock)
         if not unchanged:
             _record(repo, stage, root)
     return cached
@@ -122,6 +124,14 @@ def _heal(root: Path) -> None:
     if guard.exists():
         (root / "dvc.lock").unlink(missing_ok=True)
         guard.unlink() if not guard.stat().st_size else guard.replace(root / "dvc.lock")
+
+
+def _run_line(stage: str, line: str, root: Path, env: dict[str, str], lock: int) -> None:
+    """Run a line of a stage's command here, or in a container; either ends this process where it fails."""
+    if not container.asked():
+        _run_command([*SHELL, line], root, env, lock)
+    elif code := container.run(stage, line, root, env):
+        sys.exit(code)
 
 
 def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int) -> None:
@@ -210,7 +220,7 @@ def main() -> None:
     with using():
         workspace = ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
         env = environment(options.dag_id, options.run_id)
-        env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / f"links-{options.step}.json")
+        env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / "links" / f"{options.step}.json")
         result = run(options.step, workspace, arguments, env)
     print("\n" + RESULT + json.dumps(result), flush=True)
 

@@ -363,6 +363,7 @@ def environment(step: str, params: Mapping[str, Any]) -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "image": os.environ.get("BALLAST_IMAGE"),  # the container's that this process runs in
         "uv_lock_sha256": sha256(lock) if lock.exists() else None,
     }
 

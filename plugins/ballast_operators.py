@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,12 @@ from ballast_calendar import interval_before
 if TYPE_CHECKING:
     from airflow.sdk.types import TaskInstanceKey
 
+    from ballast_container import StageContainer
+
 PROJECT = Path(__file__).resolve().parent.parent
 RESULT = "ballast-result "
+COMMAND = "ballast-command "
+STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")  # what may run in a container
 EXIT_DATA_REJECTED = 65
 EXIT_TRY_AGAIN = 75
 LAST_LINES = 8
@@ -68,7 +73,8 @@ class StepOperator(BaseOperator, BranchMixIn):
 
     With ``branches`` the step's verdict chooses the task that follows. With ``ask_again`` the verdict ``wait`` has the
     step run again after so long, which holds no slot meanwhile and is no retry. A rejection of the data (exit 65) and a
-    bug fail at once; a server that is away (75) and a killed step are tried again.
+    bug fail at once; a server that is away (75) and a killed step are tried again. Where ``BALLAST_STAGE_RUNNER`` is
+    ``container``, the step of a DVC stage asks for a container for the stage's command.
     """
 
     template_fields = ("step",)
@@ -92,15 +98,22 @@ class StepOperator(BaseOperator, BranchMixIn):
         self.operator_extra_links = (MlflowLink(), ReportLink())
         self.result: dict[str, Any] = {}
         self.process: subprocess.Popen[str] | None = None
+        self.container: StageContainer | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the step; return its result: names, hashes, versions and verdicts, never rows."""
+        if self.step in STAGES and os.environ.get("BALLAST_STAGE_RUNNER") == "container":
+            from ballast_container import StageContainer
+
+            self.container = StageContainer(context=context)
         arguments = self.arguments(context) if callable(self.arguments) else self.arguments
         code, lines = self._stream(self._command(context, arguments), self._environment(context))
         results = [line for line in lines if line.startswith(RESULT)]
         if code or not results:
             self._fail(code, [line for line in lines if line.strip()])
         self.result = json.loads(results[-1].removeprefix(RESULT))
+        if self.container and not self.result["cached"]:
+            self.result["image"] = self.container.image
         if self.ask_again and self.result["verdict"] == "wait":
             raise AirflowRescheduleException(datetime.now(UTC) + self.ask_again)  # type: ignore[no-untyped-call]
         if self.branches:
@@ -111,6 +124,11 @@ class StepOperator(BaseOperator, BranchMixIn):
 
     def on_kill(self) -> None:
         """Pass SIGTERM on: the step has until Airflow's own kill to write its checkpoint."""
+        if self.container:
+            self.container.on_kill()
+        self._terminate()
+
+    def _terminate(self) -> None:
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
 
@@ -127,27 +145,39 @@ class StepOperator(BaseOperator, BranchMixIn):
         """Run a command in its own process group, its output line by line in the task's log."""
         last: deque[str] = deque(maxlen=LAST_LINES)
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        output["stdin"] = subprocess.PIPE if self.container else None
         text: dict[str, Any] = {"text": True, "errors": "replace"}
         with subprocess.Popen(command, cwd=PROJECT, env=env, start_new_session=True, **output, **text) as self.process:
             try:
                 for line in self.process.stdout or ():
+                    if self.container and line.startswith(COMMAND):
+                        last.extend(self._contain(self.container, json.loads(line.removeprefix(COMMAND))))
+                        continue
                     last.append(line.rstrip("\n"))
                     if not line.startswith(RESULT):
                         self.log.info("%s", last[-1])
                 self.process.wait()
             finally:  # a timeout raises in the loop: the step must not go on without us
-                self.on_kill()
+                self._terminate()
         return self.process.returncode, list(last)
 
+    def _contain(self, container: StageContainer, request: Mapping[str, Any]) -> list[str]:
+        """Run what the step asks for in a container and tell it the exit code; return what a failure said."""
+        code, said = container.run(request)
+        with suppress(BrokenPipeError):  # the step was killed: its own exit code says so
+            os.write(self.process.stdin.fileno(), f"{code}\n".encode())  # type: ignore[union-attr]
+        return said
+
     def _fail(self, code: int, lines: list[str]) -> None:
-        said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
-        cause = said[-1].removeprefix("error: ")
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        cause = (errors or lines or ["it said nothing"])[-1]
         if code == EXIT_DATA_REJECTED:
             raise AirflowFailException(f"{self.step} rejected the data: {cause}")
         if code == EXIT_TRY_AGAIN:
             raise AirflowException(f"{self.step} can be tried again: {cause}")
         if code < 0 or code > 128:
-            raise AirflowException(f"{self.step} was killed (exit {code}); a retry goes on from what is stored.")
+            why = f": {errors[-1]}" if errors else ";"
+            raise AirflowException(f"{self.step} was killed (exit {code}){why} A retry goes on from what is stored.")
         raise AirflowFailException(f"{self.step} failed (exit {code}): {cause}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
 
+from pipelines import container
 from pipelines import run as runner
 from pipelines.workspace import ensure, name_of
 
@@ -295,6 +298,89 @@ def test_run_after_a_killed_commit_restores_the_lock_file(project: Project) -> N
     (root / ".dvc" / "tmp" / "rwlock").write_text('{"half":')
     result_of(project.run("train"))
     assert (root / "dvc.lock").read_text().startswith(whole.rstrip())
+
+
+class Asked(NamedTuple):
+    """A step that asked its parent, and what for."""
+
+    done: subprocess.CompletedProcess[str]
+    request: dict[str, Any]
+
+
+def run_asking(
+    project: Project, step: str, answer: str | None = None, run_id: str = "r1", environment: str = sys.prefix
+) -> Asked:
+    """Be the parent of a step whose stage is to run in a container: answer so, or else run it, here."""
+    env = {**project.environment(), "BALLAST_STAGE_RUNNER": "container"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(project.command(step, run_id), env=env, text=True, **pipes)
+    request: dict[str, Any] = {}
+    for line in process.stdout:
+        if line.startswith(container.COMMAND):
+            request = json.loads(line.removeprefix(container.COMMAND))
+            break
+    if request and answer is None:
+        inside = {"PATH": env["PATH"], "VIRTUAL_ENV": environment, **request["env"]}
+        answer = f"{subprocess.run(request['command'], cwd=request['cwd'], env=inside, check=False).returncode}\n"
+    out, err = process.communicate(answer)
+    return Asked(subprocess.CompletedProcess(process.args, process.returncode, line + out, err), request)
+
+
+def test_run_stage_that_its_parent_ran_ends_as_one_that_ran_here(project: Project) -> None:
+    asked = run_asking(project, "land")
+    assert result_of(asked.done)["cached"] is False
+    assert asked.request["cwd"] == str(project.workspace())
+    again = run_asking(project, "land", run_id="r2")
+    assert (result_of(again.done)["cached"], again.request) == (True, {})
+    (project.root / ".dvc" / "cache").rename(project.root / ".dvc" / "gone")
+    result_of(project.run("land", "r3"))
+    locks = [(project.workspace(run) / "dvc.lock").read_text() for run in ("r1", "r2", "r3")]
+    assert locks[0] == locks[1] == locks[2]
+
+
+def test_run_stage_in_an_image_of_another_lock_is_refused(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "uv.lock").write_text("another")
+    asked = run_asking(project, "land", environment=str(tmp_path))
+    assert (asked.done.returncode, project.times("land")) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"), [("65\n", 65), ("75\n", 75), ("3\n", 3), ("137\n", 137), ("", 75), ("6", 75)]
+)
+def test_run_stage_that_its_parent_could_not_run_records_nothing(project: Project, answer: str, code: int) -> None:
+    """An answer cut short, or none, is a parent that is gone."""
+    done = run_asking(project, "land", answer).done
+    assert done.returncode == code
+    assert not (project.workspace() / "dvc.lock").exists()
+    result_of(project.run("land"))
+
+
+def test_run_killed_while_its_parent_runs_the_stage_ends_at_once(project: Project) -> None:
+    env = {**project.environment(), "BALLAST_STAGE_RUNNER": "container"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(project.command("land"), env=env, text=True, **pipes) as process:
+        while not process.stdout.readline().startswith(container.COMMAND):
+            pass
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGTERM
+    result_of(project.run("land"))
+
+
+def test_run_in_a_container_asked_for_at_a_terminal_is_refused(project: Project) -> None:
+    ours, theirs = pty.openpty()
+    env = {**project.environment(), "BALLAST_STAGE_RUNNER": "container"}
+    done = subprocess.run(project.command("land"), env=env, stdin=theirs, capture_output=True, text=True, check=False)
+    os.close(ours)
+    os.close(theirs)
+    assert done.returncode == 1
+    assert "it is Airflow's tasks that start those. Unset it, or set local." in done.stderr
+
+
+def test_run_stage_runner_misspelt_is_refused(project: Project) -> None:
+    env = {**project.environment(), "BALLAST_STAGE_RUNNER": "docker"}
+    done = subprocess.run(project.command("land"), env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "BALLAST_STAGE_RUNNER must be local or container (found 'docker')" in done.stderr
 
 
 def test_ensure_foreign_environment_lock_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

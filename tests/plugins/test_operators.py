@@ -175,14 +175,14 @@ def test_monitor_policy_chooses_the_branch(
     assert score["argv"][-2:] == ["--start", "2013-04-01"]
 
 
-def attempt(pipeline: Pipeline, again: timedelta | None = None, **told: Any) -> None:
+def attempt(pipeline: Pipeline, again: timedelta | None = None, step: str = "land", **told: Any) -> None:
     """Execute one step outside a DAG run, to see which exception Airflow would get."""
-    pipeline.tell(land=told)
+    pipeline.tell(**{step: told})
     dag_run = SimpleNamespace(dag_id="d", run_id="r", run_type="manual", conf={}, data_interval_end=None)
     context: Any = {"dag_run": dag_run, "params": {}, "ti": None}
     with DAG("one"):
-        operator = StepOperator(step="land", ask_again=again)
-    context["ti"] = SimpleNamespace(task=operator)
+        operator = StepOperator(step=step, ask_again=again)
+    context["ti"] = SimpleNamespace(task=operator, task_id=step, dag_id="d", run_id="r", try_number=1)
     operator.execute(context)
 
 
@@ -205,6 +205,18 @@ def test_step_exit_code_says_whether_to_try_again(
     with pytest.raises(exception, match=words) as caught:
         attempt(pipeline, **told)
     assert type(caught.value) is exception
+
+
+def test_step_that_is_no_stage_runs_here_whatever_runs_the_stages(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BALLAST_STAGE_RUNNER", "container")
+    monkeypatch.setenv("BALLAST_STAGE_IMAGE", f"sha256:{'a' * 64}")
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
+    attempt(pipeline, step="register", result="gone")
+    with pytest.raises(AirflowException, match="No Docker engine answers"):
+        attempt(pipeline, result="gone")
+    assert [call["argv"][0] for call in pipeline.calls()] == ["register"], "the engine is asked first"
 
 
 def test_step_that_must_wait_asks_again_later_and_is_no_failure(pipeline: Pipeline) -> None:
