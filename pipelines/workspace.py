@@ -60,19 +60,33 @@ def ensure(
     root = var() / "runs" / name
     commit = _pin(origin, f"refs/ballast/runs/{name}", anew=not root.exists())
     if not root.exists():
-        if changed := uncommitted(origin):
-            print("not part of this run (uncommitted in the checkout): " + ", ".join(changed))
-        if as_of is None:
-            from pipelines.state import today  # the database's library takes longer to import than all else here
-
-            as_of = today()
+        tell_uncommitted(origin)
         with whole_folder(root) as part:
             clone(origin, commit, part)
-            _refuse_foreign_lock(part)
-            share_cache(origin, part)
-            _set_as_of(part / "params.yaml", as_of)
-            if train_days:
-                _set_train_days(part / "params.yaml", train_days)
+            settle_in(origin, part)
+            begin(part, as_of, train_days)
+    return found(root, commit, run_id, as_of)
+
+
+def settle_in(origin: Path, root: Path) -> None:
+    """Make the checked-out commit a workspace; raise BallastError if it is of another ``uv.lock``."""
+    _refuse_foreign_lock(root)
+    share_cache(origin, root)
+
+
+def begin(root: Path, as_of: date | None, train_days: str | None) -> None:
+    """Write into params.yaml what is pinned when a run begins."""
+    if as_of is None:
+        from pipelines.state import today  # the database's library takes longer to import than all else here
+
+        as_of = today()
+    _set_as_of(root / "params.yaml", as_of)
+    if train_days:
+        _set_train_days(root / "params.yaml", train_days)
+
+
+def found(root: Path, commit: str, run_id: str, as_of: date | None) -> Workspace:
+    """The workspace that is there; raise BallastError if the run was begun as of another date."""
     began = params.as_of(root / "params.yaml")
     if as_of and as_of != began:
         raise BallastError(f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date.")
@@ -170,9 +184,10 @@ def _runner_lives(process_group: int) -> bool:
         return False
 
 
-def git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str, **environment: str) -> str:
     """What a git command prints in ``root``; raise BallastError with what it says if it fails."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    command, env = ["git", "-C", str(root), *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BallastError(f"`git {' '.join(arguments)}` failed in {root}: {done.stderr.strip()}")
     return done.stdout.rstrip()
@@ -186,6 +201,12 @@ def _pin(origin: Path, ref: str, anew: bool) -> str:
     if anew:
         git(origin, "update-ref", ref, "HEAD")
     return git(origin, "rev-parse", "--verify", ref)
+
+
+def tell_uncommitted(origin: Path) -> None:
+    """Say which changes a run that begins now leaves out."""
+    if changed := uncommitted(origin):
+        print("not part of this run (uncommitted in the checkout): " + ", ".join(changed))
 
 
 def uncommitted(origin: Path) -> list[str]:
@@ -215,7 +236,9 @@ def share_cache(origin: Path, root: Path) -> None:
     config = configparser.ConfigParser()
     config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
     config["cache"] = {"dir": str(cache(origin))}
-    config["'remote \"local\"'"] = {"url": str(var() / "dvc-remote")}
+    config["'remote \"local\"'"] = {"url": places.dvc_remote()}
+    if os.environ.get("BALLAST_DVC_REMOTE"):
+        config["core"]["remote"] = "local"
     with (root / ".dvc" / "config.local").open("w") as file:
         config.write(file)
 
