@@ -27,6 +27,14 @@ def there(*patterns: str) -> dict[str, str]:
     return {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
 
 
+def touched() -> dict[str, tuple[str, float]]:
+    """By run, as ``dag/run``: the commit of its state, and when that was made, in seconds since 1970."""
+    _ask(places.ROOT, "fetch", "--quiet", "--no-tags", "--prune", places.git_remote(), f"+{STATES}/*:{STATES}/*")
+    lines = git(places.ROOT, "for-each-ref", "--format=%(objectname) %(committerdate:unix) %(refname)", STATES)
+    found = (line.split() for line in lines.splitlines())
+    return {ref.removeprefix(f"{STATES}/"): (commit, float(at)) for commit, at, ref in found}
+
+
 def fetch(root: Path, *refs: str) -> None:
     """Fetch refs into those of the same name in ``root``."""
     _ask(root, "fetch", "--quiet", "--no-tags", places.git_remote(), *(f"+{ref}:{ref}" for ref in refs))

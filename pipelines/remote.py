@@ -166,7 +166,7 @@ class Remote:
             if folder and not Path(folder).is_dir():
                 raise NotADirectoryError("there is no such folder. Make it, or mount it")
             yield
-        except (BallastError, SystemExit):
+        except BallastError:
             raise
         except Exception as error:
             where = self._remote.fs.unstrip_protocol(self._remote.path)

@@ -64,6 +64,7 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, train_days: str | None 
     if not root.exists():
         with whole_folder(root) as part:
             _lay_out(part, *_refs(root), as_of, train_days)
+        workspace.tidy_beside(root)
     return workspace.found(root, git(root, "rev-parse", "HEAD"), run_id, as_of)
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from pipelines import params, places
 from pipelines.errors import BallastError, TryAgain
@@ -30,6 +31,7 @@ from pipelines.places import ROOT, var
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_S = 10.0
+KEEP = {"BALLAST_KEEP_RUNS": "3", "BALLAST_KEEP_FAILED_DAYS": "14"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def ensure(
             clone(origin, commit, part)
             settle_in(origin, part)
             begin(part, as_of, train_days)
+        tidy_beside(root)
     return found(root, commit, run_id, as_of)
 
 
@@ -93,6 +96,27 @@ def found(root: Path, commit: str, run_id: str, as_of: date | None) -> Workspace
     return Workspace(root, commit, began)
 
 
+def retention() -> tuple[int, int]:
+    """How many workspaces stay of the runs of a DAG that ended well, and for how many days one that failed.
+
+    ``BALLAST_KEEP_RUNS`` (3) and ``BALLAST_KEEP_FAILED_DAYS`` (14).
+    """
+    found = {name: os.environ.get(name) or default for name, default in KEEP.items()}
+    for name, text in found.items():
+        if not text.isdigit():
+            raise BallastError(f"{name} must be a whole number, 0 or more (found {text!r}). Unset it for {KEEP[name]}.")
+    keep, days = map(int, found.values())
+    return keep, days
+
+
+def tidy_beside(root: Path) -> None:
+    """Where a new workspace makes it more than stay of a DAG, have those that can go removed beside the step: gc.py."""
+    keep, _ = retention()
+    if sum(not space.name.startswith(".") for space in root.parent.iterdir()) > keep:
+        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, "-m", "pipelines.gc"], cwd=places.ROOT, start_new_session=True, **quiet)
+
+
 def lock_file(root: Path) -> Path:
     """What a step holds while it works in a workspace."""
     return root / ".dvc" / "tmp" / "ballast.lock"
@@ -106,8 +130,12 @@ def owned(workspace: Workspace) -> Iterator[int]:
     the lock is held by something that does not end.
     """
     path = lock_file(workspace.root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        raise _removed(workspace.root) from None
     try:
         _take(descriptor, workspace.root)
         yield descriptor
@@ -157,12 +185,18 @@ def _take(descriptor: int, root: Path) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_file(root).exists():
+                raise _removed(root)
             return
         except BlockingIOError:
             _end_orphan(descriptor, root)
             if time.monotonic() > deadline:
                 raise TryAgain(f"Another step holds the workspace {root}. Wait for it to end.") from None
             time.sleep(0.1)
+
+
+def _removed(root: Path) -> TryAgain:
+    return TryAgain(f"The workspace {root} was removed just now: its run was over. Try again, and it is made anew.")
 
 
 def _end_orphan(descriptor: int, root: Path) -> None:
