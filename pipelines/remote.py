@@ -109,7 +109,7 @@ class Remote:
             return
         fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
         names = {fs.name(path): path for path in fs.find(fs.join(self._remote.path, "runs", folder))}
-        self._copy({names[name]: here / name for name in names if not (here / name).exists()})
+        self._copy({here / name: path for name, path in names.items() if not (here / name).exists()})
         if entry := self._repo.stage_cache._load(stage):
             with suppress(FileNotFoundError):  # the data is gone from the remote: the stage is run
                 self._fetch(self._repo.stage_cache._create_stage(entry).outs)
@@ -118,8 +118,7 @@ class Remote:
         """Send what the run cache has of a stage that was recorded just now."""
         if folder := self._runs(stage):
             fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
-            for path in here.iterdir():
-                self._put({path: fs.join(self._remote.path, "runs", folder, path.name)})
+            self._put({path: fs.join(self._remote.path, "runs", folder, path.name) for path in here.iterdir()})
 
     def _runs(self, stage: PipelineStage) -> str | None:
         """Where the run cache keeps a stage with these inputs; None if it does not, as with one that is always run."""
@@ -139,13 +138,13 @@ class Remote:
 
     def bring_files(self, files: Mapping[Path, str]) -> None:
         """Fetch files to where they belong, each whole, by the MD5 of their bytes."""
-        self._copy({self._odb.oid_to_path(md5): path for path, md5 in files.items()})
+        self._copy({path: self._odb.oid_to_path(md5) for path, md5 in files.items()})
 
-    def _copy(self, files: Mapping[str, Path]) -> None:
+    def _copy(self, files: Mapping[Path, str]) -> None:
         from dvc_objects.fs.generic import copy
 
         if files:
-            copy(self._remote.fs, list(files), self._local, [str(path) for path in files.values()])
+            copy(self._remote.fs, list(files.values()), self._local, [str(path) for path in files])
 
     def _put(self, files: Mapping[Path, str]) -> None:
         from dvc_objects.fs.generic import copy
