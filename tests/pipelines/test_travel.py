@@ -70,9 +70,9 @@ if name == "ingest":
 if name == "score":
     day = int(os.environ["BALLAST_RUN"][1:])
     result |= {"version": 1, "start": f"2024-02-0{day}", "end": f"2024-02-0{day + 2}"}
-    result["logged"] = digest((var / "predictions").rglob("*.parquet"))
-    write(var / "predictions" / f"date=2024-02-0{day}" / "v1.parquet", seen + result["logged"])
+    write(var / "predictions" / f"date=2024-02-0{day}" / "v1.parquet", f"{day} {seen}")
     (var / "predictions" / f"date=2024-02-0{day + 1}" / "v1.parquet").unlink(missing_ok=True)
+    result["logged"] = digest((var / "predictions").rglob("*.parquet"))
 if name == "policy":
     window = os.environ["BALLAST_RUN"]
     for kind in ("verdict", "policy"):
