@@ -15,8 +15,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import cache
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,7 @@ class Site:
     def machine(self, name: str, dvc_remote: str | None = None) -> Machine:
         root = self.home / name
         git(self.home, "clone", "-q", str(self.git_remote), str(root))
-        dvc_remote = str(self.dvc_remote) if dvc_remote is None else dvc_remote
-        return Machine(root, self.home / "source", str(self.git_remote), dvc_remote)
+        return Machine(root, self.home / "source", str(self.git_remote), dvc_remote or str(self.dvc_remote))
 
     def object(self, md5: str) -> Path:
         return self.dvc_remote / "files" / "md5" / md5[:2] / md5[2:]
@@ -169,11 +169,11 @@ def git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.strip()
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    for name in [name for name in os.environ if name.startswith("BALLAST_")]:
-        monkeypatch.delenv(name)
-    project, made = tmp_path / "project", Site(tmp_path)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's repository, what others clone of it, and a source."""
+    home = tmp_path_factory.mktemp("toy")
+    project = home / "project"
     (project / "pipelines").mkdir(parents=True)
     (project / "pipelines" / "__init__.py").touch()
     (project / "toy.py").write_text(TOY)
@@ -207,26 +207,38 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=project, check=True)
     git(project, "add", "-A")
     git(project, "commit", "-qm", "The toy")
-    git(tmp_path, "clone", "-q", "--bare", str(project), str(made.git_remote))
-    made.dvc_remote.mkdir()
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "rows").write_text("of February")
-    return made
+    git(home, "clone", "-q", "--bare", str(project), str(home / "remote.git"))
+    for name in ("dvc", "source"):
+        (home / name).mkdir()
+    (home / "source" / "rows").write_text("of February")
+    return home
 
 
 @pytest.fixture
-def expected(site: Site) -> Callable[..., dict[str, str]]:
-    """What the last of these runs leaves where one machine makes them all, and nothing travels."""
-    machine = site.machine("alone", "")
-    machine.git_remote = ""
+def site(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    for name in [name for name in os.environ if name.startswith("BALLAST_")]:
+        monkeypatch.delenv(name)
+    return Site(shutil.copytree(template, tmp_path / "site"))
 
+
+@pytest.fixture(scope="module")
+def expected(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, str]]:
+    """What the last of these runs leaves where one machine makes them all, and nothing travels."""
+
+    @cache
     def ran(*run_ids: str) -> dict[str, str]:
+        site = Site(shutil.copytree(template, tmp_path_factory.mktemp("alone") / "site"))
+        machine = alone(site.machine("alone"))
         for run_id in run_ids:
             for step in CHAIN:
                 machine.run(step, run_id)
         return machine.left(run_ids[-1])
 
     return ran
+
+
+def alone(machine: Machine) -> Machine:
+    return replace(machine, git_remote="", dvc_remote="")
 
 
 def travelled(machines: list[Machine], *run_ids: str) -> dict[str, str]:
@@ -289,7 +301,7 @@ def test_chain_killed_before_and_after_each_effect_ends_as_an_unbroken_one(
             assert names_only_what_is_there(site)
         found |= left_by(machine, step, "r1")
     assert found == expected("r1")
-    assert kills > 40
+    assert kills > 30
 
 
 class Killed(BaseException):
@@ -311,7 +323,7 @@ def killed_at(patch: pytest.MonkeyPatch, at: int) -> None:
 
         return call
 
-    for place, name in ((Remote, "send_files"), (Remote, "_copy"), (Remote, "_put"), (refs, "move")):
+    for place, name in ((Remote, "send_files"), (Remote, "_put"), (refs, "move")):
         patch.setattr(place, name, dying(getattr(place, name)))
 
 
@@ -328,7 +340,7 @@ def test_step_whose_process_was_killed_is_done_by_another_machine(
             one.run("land")
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     assert site.refs() == begun
-    for step in CHAIN[1:]:
+    for step in CHAIN:
         other.run(step)
     assert other.left() == expected("r1")
 
@@ -375,7 +387,7 @@ def test_runs_at_once_on_machines_with_a_cache_each_all_end_well(site: Site) -> 
     machines = [site.machine("a"), site.machine("b")]
 
     def steps(machine: Machine, run_id: str) -> None:
-        for step in CHAIN[:4]:
+        for step in CHAIN[:3]:
             for _ in range(3):  # another machine may do the same step of the same run
                 with suppress(TryAgain):
                     machine.run(step, run_id)
@@ -385,7 +397,7 @@ def test_runs_at_once_on_machines_with_a_cache_each_all_end_well(site: Site) -> 
 
     started = []
     for machine in machines:
-        for run_id in ("r1", "r2", "r3", "r4"):
+        for run_id in ("r1", "r2", "r3"):
             if not (pid := os.fork()):
                 code = 1
                 with suppress(BaseException):
@@ -393,8 +405,8 @@ def test_runs_at_once_on_machines_with_a_cache_each_all_end_well(site: Site) -> 
                     code = 0
                 os._exit(code)
             started.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in started] == [0] * 8
-    locks = {git(site.git_remote, "show", f"refs/ballast/states/d/r{n}:dvc.lock") for n in range(1, 5)}
+    assert [os.waitpid(pid, 0)[1] for pid in started] == [0] * 6
+    locks = {git(site.git_remote, "show", f"refs/ballast/states/d/r{n}:dvc.lock") for n in range(1, 4)}
     assert len(locks) == 1
     assert names_only_what_is_there(site)
 
@@ -406,10 +418,11 @@ def test_stage_of_the_same_inputs_in_another_run_on_another_machine_comes_from_t
             cached = machine.run(step, run_id)["cached"]
             assert cached is (machine is other and step != "land")
     assert (one.times("validate"), other.times("validate")) == (1, 0)
-    shutil.rmtree(site.dvc_remote / "files")  # what the run cache speaks of is gone: the stage is run again
+    stages = yaml.safe_load(other.left("r2", "dvc.lock")["dvc.lock"])["stages"]
+    site.object(stages["validate"]["outs"][0]["md5"]).unlink()
     third = site.machine("c")
-    for step in ("land", "ingest", "validate"):
-        assert third.run(step, "r3")["cached"] is False
+    found = [third.run(step, "r3")["cached"] for step in ("land", "ingest", "validate")]
+    assert found == [False, True, False], "what the run cache speaks of is gone: the stage is run again"
 
 
 @pytest.mark.parametrize("away", ["git_remote", "dvc_remote"])
@@ -482,38 +495,30 @@ def test_workspace_whose_refs_are_gone_is_made_anew(site: Site) -> None:
 
 def test_installation_that_begins_to_travel_takes_what_it_has_along(site: Site) -> None:
     one, other = site.machine("a"), site.machine("b")
-    one.git_remote = one.dvc_remote = ""
     for step in CHAIN:
-        one.run(step, "r1")
-    one.git_remote, one.dvc_remote = other.git_remote, other.dvc_remote
-    for step in CHAIN:
-        one.run(step, "r3")
-    for step in CHAIN:
-        other.run(step, "r5")
-    assert sorted(path.name for path in (other.var / "predictions").iterdir()) == [
-        f"date=2024-02-0{day}" for day in (1, 3, 5)
-    ]
+        alone(one).run(step, "r1")
+    assert (site.refs(), list(site.dvc_remote.iterdir()), (one.var / "dvc-remote").exists()) == ({}, [], False)
+    for machine, run_id in ((one, "r3"), (other, "r5")):
+        for step in CHAIN:
+            machine.run(step, run_id)
+    days = sorted(path.name for path in (other.var / "predictions").iterdir())
+    assert days == [f"date=2024-02-0{day}" for day in (1, 3, 5)]
     assert sorted(path.name for path in (other.var / "reports" / "monitor").iterdir()) == ["r1", "r3", "r5"]
 
 
-def test_machine_that_does_not_travel_makes_no_ref_but_its_own(site: Site, expected: Callable[..., Any]) -> None:
-    expected("r1")
-    assert site.refs() == {}
-    assert not (site.home / "alone" / "var" / "dvc-remote").exists()
-
-
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ThreadedMotoServer]]:
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ThreadedMotoServer]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    (none := tmp_path / "none").touch()
     host, port = server.get_host_and_port()
     settings = {
         "AWS_ENDPOINT_URL_S3": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "me",
         "AWS_SECRET_ACCESS_KEY": "hunter2",
         "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": "/dev/null",
-        "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "AWS_CONFIG_FILE": str(none),
+        "AWS_SHARED_CREDENTIALS_FILE": str(none),
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     for name, value in settings.items():
