@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,9 +43,9 @@ class Remote:
             with made._serving():
                 yield made
 
-    @property
+    @cached_property
     def stages(self) -> Mapping[str, PipelineStage]:
-        """The stages of dvc.yaml, with what dvc.lock says of them now."""
+        """The stages of dvc.yaml, with what dvc.lock says of them."""
         from dvc.dvcfile import load_file
 
         stages: Mapping[str, PipelineStage] = load_file(self._repo, "dvc.yaml").stages
