@@ -63,7 +63,7 @@ def send(step: str, root: Path, index: Index, remote: Remote) -> None:
     new = {name: path for name, path in here.items() if name not in index.hashes}
     files = {name: path for name, path in (new | own).items() if path.exists()}
     hashes = {name: _md5(path) for name, path in files.items()}
-    remote.send_files({hashes[name]: path for name, path in files.items()})
+    remote.send_files({md5: files[name] for name, md5 in hashes.items() if index.hashes.get(name) != md5})
     while True:
         written = {name: hashes.get(name, "") for name in own if name in hashes or name in index.hashes}
         after = hashes | index.hashes | written

@@ -150,7 +150,7 @@ def _arrive(step: str, space: Workspace) -> Index:
 def _leave(step: str, space: Workspace, index: Index) -> None:
     """Send what the step made, then move the refs."""
     root, (_, state) = space.root, _refs(space.root)
-    if READS.get(step) == ():
+    if step in READS and step not in {*KEPT, *shared.STEPS}:
         return
     with Remote.of(root) as remote:
         if step in shared.STEPS:

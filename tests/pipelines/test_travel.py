@@ -467,6 +467,23 @@ def test_remote_that_goes_away_as_a_step_ends_leaves_the_state_before(
     assert site.refs() == before
 
 
+def test_dvc_remote_alone_keeps_the_refs_in_the_checkout(site: Site) -> None:
+    machine = replace(site.machine("a"), git_remote="")
+    for step in ("settle", "land", "ingest"):
+        machine.run(step)
+    kept = git(machine.root, "for-each-ref", "--format=%(refname)", "refs/ballast").splitlines()
+    assert kept == ["refs/ballast/runs/d/r1", "refs/ballast/shared/var", "refs/ballast/states/d/r1"]
+    assert "ingest" in git(machine.root, "show", "refs/ballast/states/d/r1:dvc.lock")
+    assert site.refs() == {}
+
+
+def test_git_remote_alone_keeps_the_data_under_var(site: Site) -> None:
+    machine = replace(site.machine("a"), dvc_remote="")
+    machine.run("land")
+    assert "refs/ballast/states/d/r1" in site.refs()
+    assert list((machine.var / "dvc-remote" / "files").rglob("*"))
+
+
 def test_begin_on_a_remote_without_head_says_what_to_do(site: Site) -> None:
     machine = site.machine("a")
     git(site.git_remote, "symbolic-ref", "HEAD", "refs/heads/none")
