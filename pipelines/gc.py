@@ -1,39 +1,43 @@
 """What can go: workspaces of runs that are over, models that were refused, Evidently's old reports, data nobody names.
 
 What a champion, a past champion or the ledger refers to stays, and so does all that a run may still need: the landing
-store, the refs of the runs' commits, the prediction log and every verdict are never touched. Steps, reproductions and a
+store, the commits of versions, the prediction log and every verdict are never touched. Steps, reproductions and a
 collection keep out of each other's way by a lock (``workspace.using``, ``workspace.alone``). A collection that was
 killed is done again: what names goes before what is named.
+
+``python -m pipelines.gc`` removes workspaces only, as each new run asks for: beside the steps, without a word.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines import approval, embedded, places, registry, timeline, workspace
+from pipelines import approval, embedded, places, refs, registry, timeline, workspace
 from pipelines.dagruns import ACTIVE, PAGE
-from pipelines.errors import TryAgain
+from pipelines.errors import TryAgain, exit_with
 from pipelines.state import State, moves
 from pipelines.workspace import git, lock_file, name_of
 
 DAY_S = 86_400.0
 MD5 = re.compile(rb"\bmd5: ([0-9a-f]{32}(?:\.dir)?)\b")
 
-Kind = Literal["workspace", "model", "report", "data"]
+Kind = Literal["workspace", "ref", "model", "report", "data"]
 
 
 @dataclass(frozen=True)
 class Waste:
-    """Something that can go: its paths here, and for a model the version whose artifacts in MLflow go with it."""
+    """Something that can go: its paths here, the refs of the git remote, a version's artifacts in MLflow."""
 
     kind: Kind
     name: str
@@ -41,6 +45,31 @@ class Waste:
     bytes: int
     paths: Sequence[Path] = field(default=(), repr=False)
     version: int | None = None
+    refs: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """By name, what each pointed to."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Which runs are not over, and which have failed, as ``dag/run``; None if Airflow does not say."""
+
+    busy: set[str]
+    failed: set[str] | None
+
+    def over(self, idle: Mapping[str, float], keep: int, days: int) -> Iterator[tuple[str, str]]:
+        """Yield of the runs that were idle for so many days those that can go, and why."""
+        ended_well = Counter[str]()
+        for name in sorted(idle, key=lambda name: (name.partition("/")[0], idle[name])):
+            if name in self.busy:
+                continue
+            if self.failed is None or name in self.failed:
+                if idle[name] > days:
+                    how = "failed" if self.failed else "not known to have ended well"
+                    yield name, f"{how}, untouched for {idle[name]:.0f} days"
+            else:
+                ended_well[dag := name.partition("/")[0]] += 1
+                if ended_well[dag] > keep and idle[name] > 1:  # a person may work in it, step by step
+                    yield name, f"over, and not among the last {keep}"
 
 
 def plan(keep: int, days: int, reports: int) -> list[Waste]:
@@ -50,11 +79,12 @@ def plan(keep: int, days: int, reports: int) -> list[Waste]:
     ``reports`` windows; those of runs that failed, refused models and data without a name stay for ``days``.
     """
     state = State()
-    spaces = list(_workspaces(state, keep, days))
+    runs = _runs(state)
+    spaces = list(_workspaces(runs, keep, days))
     models = list(_models(state, days))
     gone = {path for waste in spaces for path in waste.paths}
     data = _data(gone, {waste.version for waste in models}, days)
-    return [*spaces, *models, *_reports(reports), *data]
+    return [*spaces, *_refs(runs, keep, days), *models, *_reports(reports), *data]
 
 
 def collect(keep: int, days: int, reports: int) -> list[Waste]:
@@ -68,9 +98,23 @@ def collect(keep: int, days: int, reports: int) -> list[Waste]:
     return found
 
 
+def tidy() -> None:
+    """Remove the workspaces that can go, beside the steps; none if Airflow does not say which those are."""
+    with workspace.using():
+        runs = _runs(State())
+        if runs.failed is None:
+            return
+        for waste in _workspaces(runs, *workspace.retention()):
+            with suppress(FileNotFoundError, BlockingIOError), lock_file(waste.paths[0]).open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a step that comes now is told: workspace.owned
+                _remove(waste)
+
+
 def _remove(waste: Waste) -> None:
     if waste.version is not None:
         registry.collect(waste.version)
+    if waste.refs:
+        refs.move(places.ROOT, {ref: (commit, None) for ref, commit in waste.refs.items()})
     for path in waste.paths:
         if path.is_dir():
             gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.old")
@@ -85,40 +129,43 @@ def _remove(waste: Waste) -> None:
 # --- workspaces
 
 
-def _workspaces(state: State, keep: int, days: int) -> Iterator[Waste]:
-    busy, failed = _runs(state)
-    for dag in sorted(path for path in (places.var() / "runs").glob("*") if path.is_dir()):
-        spaces = sorted((path for path in dag.iterdir() if path.is_dir()), key=_touched, reverse=True)
-        ended_well = 0
-        for space in spaces:
-            name, idle = f"{dag.name}/{space.name}", (time.time() - _touched(space)) / DAY_S
-            if space.name.startswith("."):
-                yield Waste("workspace", name, "left behind by a kill", _size(space), [space])
-            elif name in busy or _is_held(space):
-                continue
-            elif failed is None or name in failed:
-                if idle > days:
-                    why = f"{'failed' if failed else 'not known to have ended well'}, untouched for {idle:.0f} days"
-                    yield Waste("workspace", name, why, _size(space), [space])
-            else:
-                ended_well += 1
-                if ended_well > keep and idle > 1:  # a person may work in it, step by step
-                    yield Waste("workspace", name, f"over, and not among the last {keep}", _size(space), [space])
+def _workspaces(runs: Runs, keep: int, days: int) -> Iterator[Waste]:
+    found = sorted(path for path in (places.var() / "runs").glob("*/*") if path.is_dir())
+    spaces = {f"{space.parent.name}/{space.name}": space for space in found}
+    left = [name for name, space in spaces.items() if space.name.startswith(".")]
+    for name in left:
+        yield Waste("workspace", name, "left behind by a kill", _size(spaces[name]), [spaces[name]])
+    free = {name: space for name, space in spaces.items() if name not in left and not _is_held(space)}
+    idle = {name: (time.time() - _touched(space)) / DAY_S for name, space in free.items()}
+    for name, why in runs.over(idle, keep, days):
+        yield Waste("workspace", name, why, _size(spaces[name]), [spaces[name]])
 
 
-def _runs(state: State) -> tuple[set[str], set[str] | None]:
-    """The workspaces of runs that are not over, and of those that failed; None for these if Airflow does not answer."""
+def _refs(runs: Runs, keep: int, days: int) -> Iterator[Waste]:
+    """The refs of runs in the git remote, where workspaces travel; a commit that a version names keeps its own."""
+    if not places.travels():
+        return
+    named = {version.tags.get("ballast.commit", "").removesuffix("-dirty") for version in registry.versions()}
+    states, pins = refs.touched(), refs.there(f"{refs.RUNS}/*")
+    idle = {name: (time.time() - at) / DAY_S for name, (_, at) in states.items()}
+    for name, why in runs.over(idle, keep, days):
+        pin, state = f"{refs.RUNS}/{name}", f"{refs.STATES}/{name}"
+        gone = {state: states[name][0]} | ({pin: pins[pin]} if pins.get(pin, "") not in {"", *named} else {})
+        yield Waste("ref", name, why, 0, refs=gone)
+
+
+def _runs(state: State) -> Runs:
     waiting = {entry.actor for entry in approval.waiting(state.ledger())}
     try:
         airflow = embedded.connect()
         unfinished, failed = airflow.runs(ACTIVE), airflow.runs(["failed"])
     except TryAgain:
         under_way = {one.run for one in state.retrainings() if one.run and not one.ended_at}
-        return {_named(run) for run in waiting | under_way}, None
+        return Runs({_named(run) for run in waiting | under_way}, None)
     if len(unfinished) == PAGE:
         raise TryAgain(f"{PAGE} runs or more are queued or running in Airflow. Wait until there are fewer.")
     busy = {f"{run.dag_id}/{run.run_id}" for run in unfinished}
-    return {_named(run) for run in waiting | busy}, {_named(f"{run.dag_id}/{run.run_id}") for run in failed}
+    return Runs({_named(run) for run in waiting | busy}, {_named(f"{run.dag_id}/{run.run_id}") for run in failed})
 
 
 def _named(run: str) -> str:
@@ -226,7 +273,8 @@ def _locks() -> Iterator[Path]:
     """The dvc.lock of the checkout and of every workspace, and what a killed commit left to go back to."""
     roots = [places.ROOT, *(places.var() / "runs").glob("*/*"), *(places.var() / "replay").glob("**/runs/*/*")]
     for root in roots:
-        yield from (path for path in (root / "dvc.lock", root / ".dvc" / "tmp" / "dvc.lock.before") if path.exists())
+        files = (root / "dvc.lock", root / ".dvc" / "tmp" / "dvc.lock.before", *root.glob("*.dvc"))
+        yield from (path for path in files if path.is_file())
 
 
 def _committed() -> Iterator[bytes]:
@@ -245,3 +293,13 @@ def _size(path: Path) -> int:
         with suppress(FileNotFoundError):
             total += one.stat().st_size
     return total
+
+
+def main() -> None:
+    """Tidy up, giving way to all else."""
+    os.nice(10)
+    tidy()
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -33,6 +33,23 @@ def tracking_uri() -> str:
     return _absolute(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{var() / 'mlflow' / 'mlflow.db'}")
 
 
+def travels() -> bool:
+    """Whether workspaces travel between workers: either of the two remotes is set."""
+    return bool(os.environ.get("BALLAST_GIT_REMOTE") or os.environ.get("BALLAST_DVC_REMOTE"))
+
+
+def git_remote() -> str:
+    """Where travelling workspaces are cloned from and keep their refs (``BALLAST_GIT_REMOTE``, else the checkout)."""
+    remote = os.environ.get("BALLAST_GIT_REMOTE") or str(ROOT)
+    return str(Path(remote).resolve()) if Path(remote).exists() else remote
+
+
+def dvc_remote() -> str:
+    """DVC's remote: a URL or a folder (``BALLAST_DVC_REMOTE``, default ``dvc-remote`` under ``BALLAST_VAR``)."""
+    remote = os.environ.get("BALLAST_DVC_REMOTE") or str(var() / "dvc-remote")
+    return remote if "://" in remote else str(Path(remote).resolve())
+
+
 def _absolute(uri: str) -> str:
     """A SQLite URL with its path made absolute: a step works in another folder than the one who set it."""
     path = uri.removeprefix("sqlite:///")

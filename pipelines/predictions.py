@@ -48,12 +48,17 @@ def write(log: Path, batch: pd.DataFrame, version: int, start: date, end: date) 
     """Replace what ``version`` predicted for the rows from ``start`` to ``end``; each day is written whole."""
     rows = batch.assign(version=version, start=start, end=end)
     days = dict(tuple(rows.groupby(rows["time"].dt.strftime("%Y-%m-%d"))))
-    for day in (start + timedelta(days=n) for n in range((end - start).days)):
-        file = log / f"date={day}" / f"v{version}.parquet"
+    for day, file in files(log, version, start, end).items():
         if str(day) in days:
             _write(file, days[str(day)])
         else:
             file.unlink(missing_ok=True)
+
+
+def files(log: Path, version: int, start: date, end: date) -> dict[date, Path]:
+    """Where the days of a batch lie; one without rows has no file."""
+    days = (start + timedelta(days=n) for n in range((end - start).days))
+    return {day: log / f"date={day}" / f"v{version}.parquet" for day in days}
 
 
 def read(log: Path, until: date, batches: int) -> pd.DataFrame:

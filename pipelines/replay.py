@@ -159,6 +159,7 @@ class World:
             "BALLAST_VAR": str(self.root),
             "BALLAST_LANDING": str(places.landing()),
             "BALLAST_SOURCE": str((places.ROOT / places.source()).resolve()),
+            "BALLAST_KEEP_RUNS": str(sys.maxsize),  # what a month has left is read again in the end
             "BALLAST_TRIGGER": json.dumps(trigger),
         }
 

@@ -16,14 +16,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from pipelines import places, registry
+from pipelines import places, refs, registry
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import read_json, sha256
 from pipelines.processes import die_with_parent
@@ -177,6 +177,10 @@ def _scratch() -> Iterator[Path]:
 def _lay_out(version: Version, records: Records, root: Path) -> None:
     """Clone the recorded commit, and put the recorded settings and dvc.lock into it."""
     commit = records.commit.removesuffix("-dirty")
+    if places.travels() and not _has_commit(commit):
+        with suppress(TryAgain):
+            refs.fetch_commit(places.ROOT, commit)
+        refs.there("HEAD")  # it says if the remote is away; else the commit is not there
     if not _has_commit(commit):
         raise BallastError(
             f"v{version.number} was made by commit {commit}, which the repository {places.ROOT} does not have. "

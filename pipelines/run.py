@@ -22,12 +22,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipelines import container
+from pipelines import container, travel
 from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, ensure, note_step, owned, using
+from pipelines.workspace import Workspace, note_step, owned, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -46,7 +46,7 @@ TERM_GRACE_S = 4.0
 def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Run one step in its workspace; return its result with ``cached``, ``seconds``, ``as_of`` and ``commit``."""
     began = time.monotonic()
-    with owned(workspace) as lock:
+    with owned(workspace) as lock, travel.carried(step, workspace):
         if step in STAGES:
             cached = _run_stage(step, workspace.root, env, lock)
         else:
@@ -218,7 +218,7 @@ def main() -> None:
     if os.getppid() != parent:
         raise TryAgain("The process that asked for this step is gone. Nothing was done.")
     with using():
-        workspace = ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
+        workspace = travel.ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
         env = environment(options.dag_id, options.run_id)
         env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / "links" / f"{options.step}.json")
         result = run(options.step, workspace, arguments, env)

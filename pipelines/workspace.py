@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from pipelines import params, places
 from pipelines.errors import BallastError, TryAgain
@@ -30,6 +31,7 @@ from pipelines.places import ROOT, var
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_S = 10.0
+KEEP = {"BALLAST_KEEP_RUNS": "3", "BALLAST_KEEP_FAILED_DAYS": "14"}
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,59 @@ def ensure(
     root = var() / "runs" / name
     commit = _pin(origin, f"refs/ballast/runs/{name}", anew=not root.exists())
     if not root.exists():
-        if changed := uncommitted(origin):
-            print("not part of this run (uncommitted in the checkout): " + ", ".join(changed))
-        if as_of is None:
-            from pipelines.state import today  # the database's library takes longer to import than all else here
-
-            as_of = today()
+        tell_uncommitted(origin)
         with whole_folder(root) as part:
             clone(origin, commit, part)
-            _refuse_foreign_lock(part)
-            share_cache(origin, part)
-            _set_as_of(part / "params.yaml", as_of)
-            if train_days:
-                _set_train_days(part / "params.yaml", train_days)
+            settle_in(origin, part)
+            begin(part, as_of, train_days)
+        tidy_beside(root)
+    return found(root, commit, run_id, as_of)
+
+
+def settle_in(origin: Path, root: Path) -> None:
+    """Make the checked-out commit a workspace; raise BallastError if it is of another ``uv.lock``."""
+    _refuse_foreign_lock(root)
+    share_cache(origin, root)
+
+
+def begin(root: Path, as_of: date | None, train_days: str | None) -> None:
+    """Write into params.yaml what is pinned when a run begins."""
+    if as_of is None:
+        from pipelines.state import today  # the database's library takes longer to import than all else here
+
+        as_of = today()
+    _set_as_of(root / "params.yaml", as_of)
+    if train_days:
+        _set_train_days(root / "params.yaml", train_days)
+
+
+def found(root: Path, commit: str, run_id: str, as_of: date | None) -> Workspace:
+    """The workspace that is there; raise BallastError if the run was begun as of another date."""
     began = params.as_of(root / "params.yaml")
     if as_of and as_of != began:
         raise BallastError(f"Run {run_id} began as of {began} (asked for: {as_of}). Start a new run for another date.")
     return Workspace(root, commit, began)
+
+
+def retention() -> tuple[int, int]:
+    """How many workspaces stay of the runs of a DAG that ended well, and for how many days one that failed.
+
+    ``BALLAST_KEEP_RUNS`` (3) and ``BALLAST_KEEP_FAILED_DAYS`` (14).
+    """
+    found = {name: os.environ.get(name) or default for name, default in KEEP.items()}
+    for name, text in found.items():
+        if not text.isdigit():
+            raise BallastError(f"{name} must be a whole number, 0 or more (found {text!r}). Unset it for {KEEP[name]}.")
+    keep, days = map(int, found.values())
+    return keep, days
+
+
+def tidy_beside(root: Path) -> None:
+    """Where a new workspace makes it more than stay of a DAG, have those that can go removed beside the step: gc.py."""
+    keep, _ = retention()
+    if sum(not space.name.startswith(".") for space in root.parent.iterdir()) > keep:
+        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, "-m", "pipelines.gc"], cwd=places.ROOT, start_new_session=True, **quiet)
 
 
 def lock_file(root: Path) -> Path:
@@ -92,8 +130,12 @@ def owned(workspace: Workspace) -> Iterator[int]:
     the lock is held by something that does not end.
     """
     path = lock_file(workspace.root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        path.parent.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        raise _removed(workspace.root) from None
     try:
         _take(descriptor, workspace.root)
         yield descriptor
@@ -143,12 +185,18 @@ def _take(descriptor: int, root: Path) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock_file(root).exists():
+                raise _removed(root)
             return
         except BlockingIOError:
             _end_orphan(descriptor, root)
             if time.monotonic() > deadline:
                 raise TryAgain(f"Another step holds the workspace {root}. Wait for it to end.") from None
             time.sleep(0.1)
+
+
+def _removed(root: Path) -> TryAgain:
+    return TryAgain(f"The workspace {root} was removed just now: its run was over. Try again, and it is made anew.")
 
 
 def _end_orphan(descriptor: int, root: Path) -> None:
@@ -170,9 +218,10 @@ def _runner_lives(process_group: int) -> bool:
         return False
 
 
-def git(root: Path, *arguments: str) -> str:
+def git(root: Path, *arguments: str, **environment: str) -> str:
     """What a git command prints in ``root``; raise BallastError with what it says if it fails."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    command, env = ["git", "-C", str(root), *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **environment}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BallastError(f"`git {' '.join(arguments)}` failed in {root}: {done.stderr.strip()}")
     return done.stdout.rstrip()
@@ -186,6 +235,12 @@ def _pin(origin: Path, ref: str, anew: bool) -> str:
     if anew:
         git(origin, "update-ref", ref, "HEAD")
     return git(origin, "rev-parse", "--verify", ref)
+
+
+def tell_uncommitted(origin: Path) -> None:
+    """Say which changes a run that begins now leaves out."""
+    if changed := uncommitted(origin):
+        print("not part of this run (uncommitted in the checkout): " + ", ".join(changed))
 
 
 def uncommitted(origin: Path) -> list[str]:
@@ -215,7 +270,9 @@ def share_cache(origin: Path, root: Path) -> None:
     config = configparser.ConfigParser()
     config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
     config["cache"] = {"dir": str(cache(origin))}
-    config["'remote \"local\"'"] = {"url": str(var() / "dvc-remote")}
+    config["'remote \"local\"'"] = {"url": places.dvc_remote()}
+    if os.environ.get("BALLAST_DVC_REMOTE"):
+        config["core"]["remote"] = "local"
     with (root / ".dvc" / "config.local").open("w") as file:
         config.write(file)
 

@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Project
 
-from pipelines import embedded, gc, places, promote, registry, workspace
+from pipelines import embedded, gc, places, promote, refs, registry, workspace
 from pipelines.dagruns import Run
 from pipelines.errors import BallastError, TryAgain
 from pipelines.state import State
@@ -177,6 +177,27 @@ def test_collect_workspace_that_a_step_holds_is_left(site: Site, monkeypatch: py
     assert site.runs() == []
 
 
+def test_tidy_removes_workspaces_that_are_over_and_nothing_else(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BALLAST_KEEP_RUNS", "1")
+    monkeypatch.setenv("BALLAST_KEEP_FAILED_DAYS", "5")
+    days = {"well": 90, "well-too": 80, "running": 90, "held": 85, "failed": 6, "failed-lately": 4, "new": 0.5}
+    spaces = {name: site.run(f"retrain/{name}", since) for name, since in days.items()}
+    begun = places.var() / "runs" / "retrain" / ".begun.1234.part"  # another run is making it now
+    begun.mkdir()
+    idle = site.object("idle")
+    tidy = [name for name in sorted(days) if name not in ("well", "well-too", "failed")]
+    with monkeypatch.context() as patch:
+        patch.setattr(embedded, "connect", lambda: (_ for _ in ()).throw(TryAgain("away")))
+        gc.tidy()
+    assert len(site.runs()) == len(days) + 1, "Airflow is away"
+    known(monkeypatch, running=["retrain/running"], failed=["retrain/failed", "retrain/failed-lately"])
+    with (spaces["held"] / ".dvc" / "tmp" / "ballast.lock").open() as file, workspace.using():
+        fcntl.flock(file, fcntl.LOCK_EX)
+        gc.tidy()
+    assert site.runs() == [f"retrain/{name}" for name in sorted([begun.name, *tidy])]
+    assert site.has(idle)
+
+
 def test_collect_when_airflow_has_more_runs_than_it_tells_waits(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch, running=[f"d/r{number}" for number in range(120)])
     with pytest.raises(TryAgain, match="100 runs or more"):
@@ -230,6 +251,33 @@ def test_plan_touches_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, balla
 def snapshot(site: Site) -> list[str]:
     ours = [places.var() / "runs", site.cache, places.var() / "models", places.var() / "mlflow" / "artifacts"]
     return sorted(str(path) for root in ours for path in root.rglob("*"))
+
+
+def test_collect_refs_of_runs_in_the_git_remote_but_the_commit_of_a_version(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = site.root.with_name("remote.git")
+    subprocess.run(["git", "clone", "-q", "--bare", str(site.root), str(bare)], check=True)
+    monkeypatch.setenv("BALLAST_GIT_REMOTE", str(bare))
+    tree = workspace.git(site.root, "rev-parse", "HEAD^{tree}")
+    commits = [refs.commit(site.root, tree, f"code {n}") for n in range(2)]
+    for name, days in {"r1": 30, "r2": 20, "r3": 10, "failed": 9, "running": 90}.items():
+        then = f"{int(time.time() - days * DAY_S)} +0000"
+        with monkeypatch.context() as patch:
+            patch.setenv("GIT_COMMITTER_DATE", then)
+            state = refs.commit(site.root, tree, name)
+        pin = commits[name == "r1"]
+        run = f"retrain/{name}"
+        assert refs.move(site.root, {f"{refs.RUNS}/{run}": (None, pin), f"{refs.STATES}/{run}": (None, state)})
+    known(monkeypatch, failed=["retrain/failed"], running=["retrain/running"])
+    made = registry.Version(1, "", "", "", datetime.now(UTC), {"ballast.commit": commits[1]})
+    monkeypatch.setattr(registry, "versions", lambda: [made])
+    monkeypatch.setattr(gc, "_models", lambda state, days: ())
+    monkeypatch.setattr(gc, "_kept", lambda version: None)
+    assert collect(keep=1, days=14) == ["retrain/r2", "retrain/r1"]
+    left = [f"{kind}/retrain/{name}" for kind in ("runs", "states") for name in ("failed", "r3", "running")]
+    assert sorted(refs.there("refs/ballast/*")) == sorted(f"refs/ballast/{one}" for one in [*left, "runs/retrain/r1"])
+    assert collect(keep=1, days=8) == ["retrain/failed"]
 
 
 def versions(site: Site) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import workspace
-from pipelines.errors import TryAgain
+from pipelines.errors import BallastError, TryAgain
 from pipelines.workspace import Workspace, note_step, owned
 
 
@@ -42,3 +42,42 @@ def test_owned_of_an_orphan_of_this_host_ends_it(tmp_path: Path, monkeypatch: py
         with pytest.raises(TryAgain), owned(Workspace(tmp_path, "", date(2013, 4, 1))):  # we hold it ourselves
             pass
         assert step.wait(5) == -9
+
+
+def test_owned_of_a_workspace_that_was_just_removed_asks_to_try_again_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Workspace(tmp_path / "space", "", date(2013, 4, 1))
+    with pytest.raises(TryAgain, match="was removed just now"), owned(space):
+        pass
+    assert not space.root.exists()
+    space.root.mkdir()
+    flock = workspace.fcntl.flock
+
+    def late(*given: int) -> None:
+        space.root.rename(tmp_path / "gone")
+        flock(*given)
+
+    monkeypatch.setattr(workspace.fcntl, "flock", late)
+    with pytest.raises(TryAgain, match="was removed just now"), owned(space):
+        pass
+    assert not space.root.exists()
+
+
+def test_tidy_beside_starts_a_collection_only_where_more_workspaces_are_than_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(workspace.subprocess, "Popen", lambda command, **_: started.append(command))
+    monkeypatch.setenv("BALLAST_KEEP_RUNS", "2")
+    for name in (".r0.part", "r1", "r2", "r3"):
+        (tmp_path / name).mkdir()
+        workspace.tidy_beside(tmp_path / name)
+    assert started == [[sys.executable, "-m", "pipelines.gc"]]
+
+
+def test_retention_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workspace.retention() == (3, 14)
+    monkeypatch.setenv("BALLAST_KEEP_FAILED_DAYS", "a week")
+    with pytest.raises(BallastError, match=r"BALLAST_KEEP_FAILED_DAYS must be a whole number.* \(found 'a week'\)"):
+        workspace.retention()
