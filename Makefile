@@ -1,7 +1,7 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test test-e2e test-alerts test-compose check bench-quality bench-train bench-drift
+.PHONY: help setup run up down test test-e2e test-alerts test-compose test-chaos check bench-quality bench-train bench-drift
 .PHONY: secrets compose-images compose-up compose-down compose-logs compose-upgrade compose-backup compose-restore
 .NOTPARALLEL:
 
@@ -36,7 +36,7 @@ down: ## Stop everything that `make run` started
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.stack down; else echo 'nothing was running'; fi
 
 test: setup ## The test suite
-	@$(BIN)/pytest -n 2 -m 'not e2e and not compose'
+	@$(BIN)/pytest -n 2 -m 'not e2e and not compose and not chaos'
 
 test-e2e: setup ## The tests that start the real stack
 	@$(BIN)/pytest -m e2e
@@ -46,6 +46,9 @@ test-alerts: setup ## Of those the way of an alert, with real Prometheus and Ale
 
 test-compose: setup ## The tests that build the images and start the Compose stack; they need a Docker engine
 	@$(BIN)/pytest -m compose -s
+
+test-chaos: setup ## Kill -9 of each component in each step, a full disk, S3 away, a clock that jumps: CHAOS_CELLS=18 takes a sample
+	@$(BIN)/pytest -m chaos -s
 
 check: setup ## Format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check
