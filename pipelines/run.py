@@ -16,7 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,7 +45,8 @@ TERM_GRACE_S = 4.0
 def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Run one step in its workspace; return its result with ``cached``, ``seconds``, ``as_of`` and ``commit``."""
     began = time.monotonic()
-    with owned(workspace) as lock:
+    with owned(workspace) as lock, _scratch(workspace.root) as scratch:
+        env = {**env, "TMPDIR": str(scratch)}
         if step in STAGES:
             cached = _run_stage(step, workspace.root, env, lock)
         else:
@@ -55,6 +57,18 @@ def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, st
     seconds = round(time.monotonic() - began, 2)
     place = {"as_of": workspace.as_of.isoformat(), "commit": workspace.commit}
     return {**result, **place, "cached": cached, "seconds": seconds}
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder for the step's temporary files: what a killed one leaves there goes when it is tried again."""
+    scratch = root / ".dvc" / "tmp" / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _links(env: dict[str, str]) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.conftest import PROJECT
+
 from .rounds import COMPONENTS, HEAD, PLACES, Cell, plan
-from .topology import POSTGRESQL, PROJECT, Topology
+from .topology import POSTGRESQL, Topology
 
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
 CELLS = int(os.environ.get("CHAOS_CELLS") or len(PLACES) * len(COMPONENTS))
@@ -66,7 +68,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     commit = subprocess.run(git, cwd=PROJECT, capture_output=True, text=True, check=False).stdout.strip()
     well, minutes = sum(cell.well for cell in REPORT), (time.monotonic() - BEGAN) / 60
     head = (
-        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, seed {SEED}: {len(REPORT)} kills, {well} of them without a loss; "
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, seed {SEED}: {len(REPORT)} kills, {well} without a loss; "
         f"{minutes:.0f} min in all, load {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores"
     )
     text = "\n".join([head, "", HEAD, *(cell.row() for cell in REPORT), "", *LINES])

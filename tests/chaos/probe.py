@@ -1,4 +1,4 @@
-"""What a process beside the workers finds in the stores: run in the project, prints its findings as one line of JSON."""
+"""What a process beside the workers finds in the stores; run in the project, it prints one line of JSON."""
 
 from __future__ import annotations
 
