@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import BallastError
+
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as hex."""
@@ -101,6 +103,13 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(text + "\n", encoding="utf-8")
 
 
+class Damaged(BallastError, ValueError):
+    """A file is not as it was written."""
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file; raise Damaged if it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"{path} is no whole JSON ({error}). Delete it, and run again the step that writes it.") from None

@@ -43,7 +43,8 @@ def kills() -> list[list[str | None]]:
     return rounds
 
 
-def _needed() -> None:
+def needed() -> None:
+    """Skip where Debian's servers are not installed."""
     if POSTGRESQL is None or not shutil.which("redis-server"):
         pytest.skip("needs PostgreSQL's server and redis-server (apt-get install postgresql redis-server)")
 
@@ -51,7 +52,7 @@ def _needed() -> None:
 @pytest.fixture(scope="module")
 def topology() -> Iterator[Topology]:
     """The stack; a task that fails is tried again after 4 s and more, not after 10 s and more."""
-    _needed()
+    needed()
     made = Topology(retry_delay_s=4)
     try:
         made.up()
@@ -61,9 +62,14 @@ def topology() -> Iterator[Topology]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table, and write it where CHAOS_REPORT says."""
-    if not (REPORT or LINES):
-        return
+    """Print the table."""
+    if REPORT or LINES:
+        terminalreporter.section("chaos")
+        terminalreporter.write_line(write_report())
+
+
+def write_report() -> str:
+    """The table so far, also written where CHAOS_REPORT says."""
     git = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(git, cwd=PROJECT, capture_output=True, text=True, check=False).stdout.strip()
     well, minutes = sum(cell.well for cell in REPORT), (time.monotonic() - BEGAN) / 60
@@ -72,7 +78,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         f"{minutes:.0f} min in all, load {os.getloadavg()[2]:.1f} on {os.cpu_count()} cores"
     )
     text = "\n".join([head, "", HEAD, *(cell.row() for cell in REPORT), "", *LINES])
-    terminalreporter.section("chaos")
-    terminalreporter.write_line(text)
     if file := os.environ.get("CHAOS_REPORT"):
         Path(file).write_text(text + "\n", encoding="utf-8")
+    return text

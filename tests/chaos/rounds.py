@@ -291,7 +291,8 @@ def residue(topology: Topology) -> list[str]:
     for path in topology.root.glob("project/**/*"):
         if path.name.endswith((".part", ".old", ".tmp")) or path.name == "dvc.lock.before":
             left.append(str(path.relative_to(topology.project)))
-    left += [f"TMPDIR/{path.name}" for path in (topology.root / "tmp").iterdir()]
+    # Python's own for a server of several processes is no step's.
+    left += [f"TMPDIR/{path.name}" for path in (topology.root / "tmp").iterdir() if not path.name.startswith("pymp-")]
     return left
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.run import STAGES
 
-from .conftest import LINES, REPORT, SEED, kills
+from .conftest import LINES, REPORT, SEED, kills, write_report
 from .rounds import Reference, Round, found, locks, residue
 from .topology import Topology
 
@@ -47,6 +47,7 @@ def test_round_of_kills_loses_nothing(
         REPORT.extend(played.cells)
     problems = judged(topology, before, played, reference)
     LINES.append(f"round {number + 1}: " + ("; ".join(problems) or "nothing lost, doubled or left behind"))
+    write_report()
     assert not problems
     assert all(cell.well for cell in played.cells)
 

@@ -145,7 +145,6 @@ class Topology:
             MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD="false",
             PYTHONUNBUFFERED="1",
             SPT_NOENV="1",  # setproctitle leaves the mark readable
-            TMPDIR=str(self.root / "tmp"),
             NO_PROXY="127.0.0.1,localhost",
             no_proxy="127.0.0.1,localhost",
             DVC_NO_ANALYTICS="1",
@@ -186,7 +185,8 @@ class Topology:
             **{name: value for name, (value, _) in SHORTER.items()},
         }
         words = {f"AIRFLOW__{name}": str(value) for name, value in settings.items()}
-        return {**self.shared, "AIRFLOW_HOME": str(self.root / "airflow"), **words}
+        own = {"AIRFLOW_HOME": str(self.root / "airflow"), "TMPDIR": str(self.root / "tmp")}
+        return {**self.shared, **own, **words}
 
     def _airflow_env(self) -> dict[str, str]:
         """Of Airflow's own services: what the worker has, the database and the keys."""
