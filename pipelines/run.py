@@ -8,6 +8,7 @@ turn every exit code into 255 and, on SIGTERM, die and leave the stage running.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, ensure, note_step, owned, using
+from pipelines.workspace import Workspace, check_seal, ensure, note_step, owned, seal, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -47,9 +48,12 @@ def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, st
     began = time.monotonic()
     with owned(workspace) as lock, _scratch(workspace.root) as scratch:
         env = {**env, "TMPDIR": str(scratch)}
+        _heal(workspace.root)
+        check_seal(workspace.root)
         if step in STAGES:
             cached = _run_stage(step, workspace.root, env, lock)
         else:
+            _check_outs(workspace.root)
             shutil.rmtree(workspace.root / "data" / step, ignore_errors=True)
             _run_command([sys.executable, "-m", f"pipelines.{step}", *arguments], workspace.root, env, lock)
             cached = False
@@ -83,7 +87,6 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     os.chdir(root)  # DVC reads the names of stages relative to it
-    _heal(root)
     with Repo(str(root)) as repo:
         # One stage object for all: DVC takes a third of a second to read its files, which it does for each.
         stage = repo.stage.load_one(name=name)
@@ -122,6 +125,7 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
         stage.save()
         stage.commit()
         stage.dvcfile.dump_stages([stage], update_pipeline=False)
+    seal(root)
     guard.unlink()
 
 
@@ -134,8 +138,29 @@ def _heal(root: Path) -> None:
     (root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     guard = root / ".dvc" / "tmp" / "dvc.lock.before"
     if guard.exists():
-        (root / "dvc.lock").unlink(missing_ok=True)
-        guard.unlink() if not guard.stat().st_size else guard.replace(root / "dvc.lock")
+        if not guard.stat().st_size:  # there was none
+            (root / "dvc.lock").unlink(missing_ok=True)
+            seal(root)
+            guard.unlink()
+        else:
+            seal(root, guard)
+            guard.replace(root / "dvc.lock")
+
+
+def _check_outs(root: Path) -> None:
+    """Raise BallastError where a file that a stage left is no longer as dvc.lock has it; folders check themselves."""
+    import yaml
+
+    lock = root / "dvc.lock"
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    for name, stage in stages.items():
+        for out in stage.get("outs", ()):
+            path = root / out["path"]
+            if path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != out.get("md5"):
+                raise BallastError(
+                    f"{path} is not as `{name}` left it: cut short, or changed by hand. Clear `{name}` and what comes "
+                    "after it: it comes back from the cache."
+                )
 
 
 def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int) -> None:

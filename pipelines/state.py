@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -774,6 +775,10 @@ def _trouble(engine: Engine, error: DBAPIError) -> BallastError:
         return TryAgain(f"The state store {where} is locked by another process for over {BUSY_TIMEOUT_S} s. Try again.")
     if engine.dialect.name != "sqlite" and isinstance(error, OperationalError):
         return TryAgain(f"The state store {where} does not answer ({error.orig}). Start it, then try again.")
+    if engine.dialect.name == "sqlite" and re.search("malformed|not a database", str(error.orig)):
+        return BallastError(
+            f"The state store {where} is damaged: {error.orig}. Put it back from a backup: the ledger is nowhere else."
+        )
     return BallastError(
         f"The state store {where} cannot be used: {error.orig}. "
         "Check that the file and its folder can be written, or set BALLAST_STATE_URI."
