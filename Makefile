@@ -47,8 +47,8 @@ test-alerts: setup ## Of those the way of an alert, with real Prometheus and Ale
 test-compose: setup ## The tests that build the images and start the Compose stack; they need a Docker engine
 	@$(BIN)/pytest -m compose -s
 
-test-chaos: setup ## Kill -9 of each component in each step, a full disk, S3 away, a clock that jumps: CHAOS_CELLS=18 takes a sample
-	@$(BIN)/pytest -m chaos -s
+test-chaos: setup ## Kill -9 of everything in every step, a full disk, S3 away, a jumping clock: make test-chaos CHAOS_CELLS=18
+	@CHAOS_CELLS=$(CHAOS_CELLS) CHAOS_SEED=$(CHAOS_SEED) CHAOS_REPORT=$(CHAOS_REPORT) $(BIN)/pytest -m chaos -s $(CHAOS_TESTS)
 
 check: setup ## Format, lint, types, and who may import whom
 	@$(BIN)/ruff format --check

@@ -320,7 +320,7 @@ class State:
         said = [select(func.max(column)) for column in (_ledger.c.at, _decisions.c.decided_at)]
         with self._begin() as connection:
             last = max(filter(None, map(connection.scalar, said)), default="")
-        return now if now > last else _stamp(datetime.fromisoformat(last) + timedelta(milliseconds=1))
+        return now if not last or now > last else _stamp(datetime.fromisoformat(last) + timedelta(milliseconds=1))
 
     def head(self) -> str:
         """The hash of the last move of the champion: whoever moves it says which one it saw."""
