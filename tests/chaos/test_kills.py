@@ -45,6 +45,7 @@ def test_round_of_kills_loses_nothing(
         played.play(typical)
     finally:
         REPORT.extend(played.cells)
+        write_report()
     problems = judged(topology, before, played, reference)
     LINES.append(f"round {number + 1}: " + ("; ".join(problems) or "nothing lost, doubled or left behind"))
     write_report()

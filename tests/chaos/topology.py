@@ -40,7 +40,7 @@ from tests.e2e.conftest import clean_environment, own_project
 POSTGRESQL = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 MARK = "BALLAST_CHAOS"
 RESTART_S = 1.0  # until what has died is started again, as `restart: unless-stopped` does
-READY_S = 240.0
+READY_S = 600.0
 DAYS, FLIPPED = 180, 40  # from that day on labels go the other way: each later challenger knows them better
 PASSWORD = "chaos"
 T = TypeVar("T")
