@@ -1,7 +1,7 @@
 # Ballast. `make run` takes one turn of the loop; `make down` ends it. Ports: make run AIRFLOW_PORT=8081 MLFLOW_PORT=5001
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup run up down test test-e2e test-alerts test-compose check bench-quality bench-train bench-drift
+.PHONY: help setup run up down test test-e2e test-alerts test-compose test-chaos check bench-quality bench-train bench-drift
 .PHONY: secrets compose-images compose-up compose-down compose-logs compose-upgrade compose-backup compose-restore
 .NOTPARALLEL:
 
@@ -38,7 +38,7 @@ down: ## Stop everything that `make run` started
 	@if [ -x $(BIN)/python ]; then $(BIN)/python -m pipelines.stack down; else echo 'nothing was running'; fi
 
 test: setup ## The test suite
-	@$(BIN)/pytest -n 2 -m 'not e2e and not compose'
+	@$(BIN)/pytest -n 2 -m 'not e2e and not compose and not chaos'
 
 test-e2e: setup ## The tests that start the real stack
 	@$(BIN)/pytest -m e2e
@@ -48,6 +48,9 @@ test-alerts: setup ## Of those the way of an alert, with real Prometheus and Ale
 
 test-compose: setup ## The tests that build the images and start the Compose stack; they need a Docker engine
 	@$(BIN)/pytest -m compose -s
+
+test-chaos: setup ## Kill -9 of everything in every step, a full disk, S3 away, a jumping clock: make test-chaos CHAOS_CELLS=18
+	@CHAOS_CELLS=$(CHAOS_CELLS) CHAOS_SEED=$(CHAOS_SEED) CHAOS_REPORT=$(CHAOS_REPORT) $(BIN)/pytest -m chaos -s $(CHAOS_TESTS)
 
 # What the tests and the docs make up: passwords of nobody, and the hashes of old state stores.
 MADE_UP := ^(hunter2|secret|a word|a%20word|p%40ssword|password|s3cr.*w(@|%40)rd|https://hooks.slack.com/services/T…/B…/…)$$

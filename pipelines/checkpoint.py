@@ -7,18 +7,22 @@ folder is named for all that the stage's result depends on, so that nothing else
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
 from pipelines import places
 from pipelines.files import canonical_json, sha256, whole_file
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 20.0  # between two of them: what a machine's sudden end costs at most
 KEPT_DAYS = 7  # a training that nobody took up again
@@ -34,10 +38,14 @@ class Checkpoint:
         self._last = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved last, its tensors on the CPU; None where there is nothing."""
+        """What was saved last, its tensors on the CPU; None where there is nothing, or nothing whole."""
         if self._path is None or not self._path.exists():
             return None
-        saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+        try:
+            saved: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+            log.warning("The checkpoint %s is damaged (%s); the training begins anew.", self._path, error)
+            return None
         return saved
 
     def due(self) -> bool:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from pydantic import Field
 
 from pipelines import stage
 from pipelines.avoidable import avoidable_verdict
 from pipelines.comparison import Column, Finding, Rule, column, compare, keep, report
-from pipelines.errors import ParamsError, exit_with
+from pipelines.errors import BallastError, ParamsError, exit_with
 from pipelines.estimate import estimate_verdict, tracked
 from pipelines.files import read_json, write_json
 from pipelines.params import Params, load
@@ -180,7 +181,7 @@ def _compare(
     score: Path, features: Features, importance: dict[str, float], validate: Path, out: Path, params: DriftParams
 ) -> Verdict:
     """Read both sides, measure on all rows, keep Evidently's report on samples of them."""
-    batch, reference = pd.read_parquet(score / "predictions.parquet"), pd.read_parquet(score / "reference.parquet")
+    batch, reference = _read(score / "predictions.parquet"), _read(score / "reference.parquet")
     train, test = (reference[reference["window"] == window] for window in ("train", "test"))
     rules = rules_of(features, params)
 
@@ -208,13 +209,20 @@ def _compare(
     }
 
 
+def _read(path: Path, **which: Any) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path, **which)
+    except pa.ArrowException as error:
+        raise BallastError(f"{path} cannot be read: {error}. Run `score` again.") from None
+
+
 def _worse(
     score: Path, scored: Verdict, features: Features, params: PerformanceParams, history: Iterable[Verdict]
 ) -> Verdict:
     """Is the model worse, by the labels that have come and by what may be expected of those that have not."""
     present = Window(scored["start"], scored["end"], scored["version"])
-    logged = pd.read_parquet(score / "logged.parquet")
-    test = pd.read_parquet(score / "reference.parquet", filters=[("window", "==", "test")])
+    logged = _read(score / "logged.parquet")
+    test = _read(score / "reference.parquet", filters=[("window", "==", "test")])
     windows = by_window(logged)
     performance = performance_verdict(windows, present, test, scored["labels_until"], params)
     if performance["measured"]:

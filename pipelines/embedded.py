@@ -47,7 +47,7 @@ def make_bridge_token() -> None:
     file = bridge_token_file()
     if not file.exists():
         with whole_file(file) as part:
-            part.touch(mode=0o600)
+            part.chmod(0o600)
             part.write_text(secrets.token_urlsafe(32) + "\n")
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
+
+from pipelines.errors import BallastError
 
 
 def sha256(path: Path) -> str:
@@ -22,21 +26,19 @@ def sha256(path: Path) -> str:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it takes the name of ``path`` only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary, lock = _begin(path, _make_file)
     try:
         yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(lock)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it replaces ``path`` only if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    temporary.chmod(0o755)
+    temporary, lock = _begin(path, Path.mkdir)
     try:
         yield temporary
         old = temporary.with_suffix(".old")
@@ -46,6 +48,47 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _begin(path: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
+    """Make the temporary file or folder of ``path`` and hold its lock, which the kernel gives back however we end.
+
+    By that lock it is told from what writers of the same path left behind that were killed: this is removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in _siblings(path):
+        _remove_if_left(left)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        make(temporary)
+        lock = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, lock
+        os.close(lock)  # another writer of this path was faster to take it for a rest
+
+
+def _make_file(path: Path) -> None:
+    path.touch(exist_ok=False)
+
+
+def _siblings(path: Path) -> list[Path]:
+    """The temporary files and folders of ``path``, whoever made them."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-z_]+\.(part|old)")
+    return [other for other in path.parent.iterdir() if pattern.fullmatch(other.name)]
+
+
+def _remove_if_left(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except BlockingIOError:  # it is being written
+            pass
+        finally:
+            os.close(lock)
 
 
 def canonical_json(value: Any) -> str:
@@ -60,6 +103,13 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(text + "\n", encoding="utf-8")
 
 
+class Damaged(BallastError, ValueError):
+    """A file is not as it was written."""
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file; raise Damaged if it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"{path} is no whole JSON ({error}). Delete it, and run again the step that writes it.") from None

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.errors import BallastError
 from pipelines.files import canonical_json, whole_file
 from pipelines.schema import ARROW, Features
 
@@ -69,12 +70,21 @@ def read(log: Path, until: date, batches: int) -> pd.DataFrame:
         day = date.fromisoformat(file.parent.name.removeprefix("date="))
         if len(found) >= batches and day < min(start for _, start in found[:batches]):
             break
-        if day < until and (batch := _batch(table := pq.ParquetFile(file).read()))[0] <= until:
+        if day < until and (batch := _batch(table := _read(file)))[0] <= until:
             tables.append(table)
             found = sorted({*found, batch}, reverse=True)
     kept = pa.concat_tables([t for t in tables if _batch(t) in found[:batches]] or [SCHEMA.empty_table()])
     frame: pd.DataFrame = kept.sort_by([("time", "ascending"), ("key", "ascending")]).to_pandas()
     return frame
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        return pq.ParquetFile(file).read()
+    except pa.ArrowException as error:
+        raise BallastError(
+            f"The logged predictions {file} cannot be read: {error}. Delete the file, and monitor its window again."
+        ) from None
 
 
 def _batch(table: pa.Table) -> tuple[date, date]:

@@ -42,8 +42,13 @@ def select(tables: Path, quarantine: Path | None, sql: str, declared: Mapping[st
 
 def read(path: Path) -> pd.DataFrame:
     """Read one prepared window, its columns as in ``select`` with every label known (int8)."""
-    with pq.ParquetFile(path) as window:
-        frame: pd.DataFrame = window.read().to_pandas(ignore_metadata=True)
+    try:
+        with pq.ParquetFile(path) as window:
+            frame: pd.DataFrame = window.read().to_pandas(ignore_metadata=True)
+    except pa.ArrowException as error:
+        raise BallastError(
+            f"{path} cannot be read: {error}. Delete it, and run again the step that writes it."
+        ) from None
     return frame
 
 

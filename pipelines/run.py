@@ -9,6 +9,7 @@ it asks whoever runs it to run a stage's command instead: ``pipelines.container`
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,9 +27,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipelines import container, travel
 from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
-from pipelines.places import ROOT, landing, state_uri, tracking_uri, var
+from pipelines.places import ROOT, landing, state_uri, tracking_uri, travels, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, note_step, owned, using
+from pipelines.workspace import Workspace, check_seal, note_step, owned, seal, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -46,10 +48,15 @@ TERM_GRACE_S = 4.0
 def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Run one step in its workspace; return its result with ``cached``, ``seconds``, ``as_of`` and ``commit``."""
     began = time.monotonic()
-    with owned(workspace) as lock, travel.carried(step, workspace):
+    with owned(workspace) as lock, travel.carried(step, workspace), _scratch(workspace.root) as scratch:
+        env = {**env, "TMPDIR": str(scratch)}
+        _heal(workspace.root)
+        check_seal(workspace.root)
         if step in STAGES:
             cached = _run_stage(step, workspace.root, env, lock)
         else:
+            if not travels():  # what is brought is whole, and all else may be of an earlier try
+                _check_outs(workspace.root)
             shutil.rmtree(workspace.root / "data" / step, ignore_errors=True)
             _run_command([sys.executable, "-m", f"pipelines.{step}", *arguments], workspace.root, env, lock)
             cached = False
@@ -57,6 +64,18 @@ def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, st
     seconds = round(time.monotonic() - began, 2)
     place = {"as_of": workspace.as_of.isoformat(), "commit": workspace.commit}
     return {**result, **place, "cached": cached, "seconds": seconds}
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder for the step's temporary files: what a killed one leaves there goes when it is tried again."""
+    scratch = root / ".dvc" / "tmp" / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _links(env: dict[str, str]) -> dict[str, Any]:
@@ -71,7 +90,6 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
 
     logging.getLogger("dvc").setLevel(logging.WARNING)
     os.chdir(root)  # DVC reads the names of stages relative to it
-    _heal(root)
     with Repo(str(root)) as repo:
         # One stage object for all: DVC takes a third of a second to read its files, which it does for each.
         stage = repo.stage.load_one(name=name)
@@ -110,6 +128,7 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
         stage.save()
         stage.commit()
         stage.dvcfile.dump_stages([stage], update_pipeline=False)
+    seal(root)
     guard.unlink()
 
 
@@ -122,8 +141,29 @@ def _heal(root: Path) -> None:
     (root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     guard = root / ".dvc" / "tmp" / "dvc.lock.before"
     if guard.exists():
-        (root / "dvc.lock").unlink(missing_ok=True)
-        guard.unlink() if not guard.stat().st_size else guard.replace(root / "dvc.lock")
+        if not guard.stat().st_size:  # there was none
+            (root / "dvc.lock").unlink(missing_ok=True)
+            seal(root)
+            guard.unlink()
+        else:
+            seal(root, guard)
+            guard.replace(root / "dvc.lock")
+
+
+def _check_outs(root: Path) -> None:
+    """Raise BallastError where a file that a stage left is no longer as dvc.lock has it; folders check themselves."""
+    import yaml
+
+    lock = root / "dvc.lock"
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    for name, stage in stages.items():
+        for out in stage.get("outs", ()):
+            path = root / out["path"]
+            if path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != out.get("md5"):
+                raise BallastError(
+                    f"{path} is not as `{name}` left it: cut short, or changed by hand. Clear `{name}` and what comes "
+                    "after it: it comes back from the cache."
+                )
 
 
 def _run_line(stage: str, line: str, root: Path, env: dict[str, str], lock: int) -> None:

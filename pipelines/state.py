@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -301,7 +302,7 @@ class State:
             place = {
                 "seq": before.seq + 1 if before else 1,
                 "prev_hash": before.hash if before else GENESIS,
-                "at": _now(),
+                "at": self._after_all(_now()),
             }
             fields = {"from_version": champion, "to_version": champion, **place, **values}
             entry = Entry(hash=Entry(hash="", **fields).computed_hash(), **fields)
@@ -313,6 +314,13 @@ class State:
                     raise
             else:
                 return entry
+
+    def _after_all(self, now: str) -> str:
+        """``now``, or just after what was said last: a clock that was set back turns no order round."""
+        said = [select(func.max(column)) for column in (_ledger.c.at, _decisions.c.decided_at)]
+        with self._begin() as connection:
+            last = max(filter(None, map(connection.scalar, said)), default="")
+        return now if not last or now > last else _stamp(datetime.fromisoformat(last) + timedelta(milliseconds=1))
 
     def head(self) -> str:
         """The hash of the last move of the champion: whoever moves it says which one it saw."""
@@ -348,8 +356,9 @@ class State:
     def remember(self, decision: Decision) -> None:
         """Keep what the gate said; promotion asks for it."""
         facts = None if decision.facts is None else canonical_json(decision.facts)
+        values = {**asdict(decision), "facts": facts, "decided_at": self._after_all(decision.decided_at)}
         with self._begin() as connection:
-            connection.execute(insert(_decisions), {**asdict(decision), "facts": facts})
+            connection.execute(insert(_decisions), values)
 
     def decision(self, record_sha256: str) -> Decision | None:
         """The decision whose record has this hash."""
@@ -768,6 +777,10 @@ def _trouble(engine: Engine, error: DBAPIError) -> BallastError:
         return TryAgain(f"The state store {where} is locked by another process for over {BUSY_TIMEOUT_S} s. Try again.")
     if engine.dialect.name != "sqlite" and isinstance(error, OperationalError):
         return TryAgain(f"The state store {where} does not answer ({error.orig}). Start it, then try again.")
+    if engine.dialect.name == "sqlite" and re.search("malformed|not a database", str(error.orig)):
+        return BallastError(
+            f"The state store {where} is damaged: {error.orig}. Put it back from a backup: the ledger is nowhere else."
+        )
     return BallastError(
         f"The state store {where} cannot be used: {error.orig}. "
         "Check that the file and its folder can be written, or set BALLAST_STATE_URI."

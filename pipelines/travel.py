@@ -187,6 +187,7 @@ def _take(root: Path, state: str) -> None:
     git(root, "restore", f"--source={state}", "--worktree", "--", *there)
     for name in (*(name for name in FILES if name not in there), ".dvc/tmp/dvc.lock.before", ".dvc/tmp/rwlock"):
         (root / name).unlink(missing_ok=True)
+    workspace.seal(root)
 
 
 def _tree(root: Path, commit: str) -> str:

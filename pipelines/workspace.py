@@ -25,13 +25,14 @@ from typing import Any
 
 from pipelines import params, places
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import sha256, whole_folder
+from pipelines.files import read_json, sha256, whole_folder, write_json
 from pipelines.places import ROOT, var
 
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_S = 10.0
 KEEP = {"BALLAST_KEEP_RUNS": "3", "BALLAST_KEEP_FAILED_DAYS": "14"}
+SEAL = Path(".dvc/tmp/ballast-seal.json")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def begin(root: Path, as_of: date | None, train_days: str | None) -> None:
     _set_as_of(root / "params.yaml", as_of)
     if train_days:
         _set_train_days(root / "params.yaml", train_days)
+    seal(root)
 
 
 def found(root: Path, commit: str, run_id: str, as_of: date | None) -> Workspace:
@@ -115,6 +117,28 @@ def tidy_beside(root: Path) -> None:
     if sum(not space.name.startswith(".") for space in root.parent.iterdir()) > keep:
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         subprocess.Popen([sys.executable, "-m", "pipelines.gc"], cwd=places.ROOT, start_new_session=True, **quiet)
+
+
+def seal(root: Path, lock: Path | None = None) -> None:
+    """Note what params.yaml and dvc.lock (or ``lock`` in its place) hold: nothing but the run's own steps changes them.
+
+    Cut short, both may still be read, and say something else.
+    """
+    files = {"params.yaml": root / "params.yaml", "dvc.lock": lock or root / "dvc.lock"}
+    write_json(root / SEAL, {name: sha256(file) for name, file in files.items() if file.exists()})
+
+
+def check_seal(root: Path) -> None:
+    """Raise BallastError if params.yaml or dvc.lock is not as ``seal`` noted it."""
+    if not (root / SEAL).exists():  # the workspace of an older Ballast
+        return
+    for name, noted in read_json(root / SEAL).items():
+        file = root / name
+        if not file.exists() or sha256(file) != noted:
+            raise BallastError(
+                f"{file} is not as the run's steps left it: cut short, or changed by hand. Remove {root} and clear the "
+                f"run from its first task on: what was done comes from the cache. (Meant? Remove {root / SEAL}.)"
+            )
 
 
 def lock_file(root: Path) -> Path:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pipelines import files
 from pipelines.files import canonical_json, read_json, sha256, whole_file, whole_folder, write_json
 
 
@@ -50,6 +53,51 @@ def test_whole_folder_that_fails_leaves_the_old_and_no_litter(tmp_path: Path) ->
         (part / "new").touch()
         raise RuntimeError
     assert [path.name for path in target.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+HALF = """
+import os, signal, sys
+from pathlib import Path
+from pipelines import files
+with getattr(files, sys.argv[1])(Path(sys.argv[2])) as part:
+    (part if sys.argv[1] == "whole_file" else part / "a").write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def half(what: str, target: Path) -> subprocess.Popen[str]:
+    """A process amid writing ``target``."""
+    command = [sys.executable, "-c", HALF, what, str(target)]
+    writer = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert writer.stdout and writer.stdout.readline() == "writing\n"
+    return writer
+
+
+@pytest.mark.parametrize("what", ["whole_file", "whole_folder"])
+def test_what_a_killed_writer_left_goes_when_the_same_is_written_again(tmp_path: Path, what: str) -> None:
+    target = tmp_path / "a.b"
+    writer = half(what, target)
+    writer.kill()
+    writer.communicate()
+    (tmp_path / ".a.b.0123.old").mkdir()
+    (tmp_path / ".a.0123.part").touch()
+    assert len(list(tmp_path.iterdir())) == 3
+    with getattr(files, what)(target):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"a.b", ".a.0123.part"}, "another's is not touched"
+
+
+@pytest.mark.parametrize("what", ["whole_file", "whole_folder"])
+def test_what_is_being_written_stays_when_the_same_is_written_beside_it(tmp_path: Path, what: str) -> None:
+    target = tmp_path / "a"
+    writer = half(what, target)
+    with getattr(files, what)(target):
+        pass
+    writer.communicate("")
+    assert writer.returncode == 0
+    assert (target if what == "whole_file" else target / "a").read_text() == "half"
     assert list(tmp_path.iterdir()) == [target]
 
 

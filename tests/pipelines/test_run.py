@@ -23,7 +23,8 @@ from pipelines.workspace import ensure, name_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGE = """
-import json, pathlib, sys, time, os
+import json, pathlib, sys, tempfile, time, os
+left = tempfile.mkdtemp()
 name, seconds, code = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 print(f"{name} begins", flush=True)
 pathlib.Path(os.environ["BALLAST_VAR"], f"{name}.pid").write_text(str(os.getpid()))
@@ -287,6 +288,31 @@ def test_run_after_its_stage_was_killed_ends_as_an_unbroken_run(project: Project
     (project.workspace() / "data" / "land" / "result.json").write_text('{"half":')
     (project.workspace() / "stage.py").write_text(STAGE.replace("time.sleep(seconds)", ""))
     assert result_of(project.run("land"))["cached"] is False
+
+
+def test_run_leaves_no_temporary_file_of_its_step_not_even_of_a_killed_one(project: Project) -> None:
+    process, _ = start_slow(project)
+    process.kill()
+    process.communicate()
+    scratch = project.workspace() / ".dvc" / "tmp" / "scratch"
+    assert len(list(scratch.iterdir())) == 1
+    (project.workspace() / "stage.py").write_text(STAGE.replace("time.sleep(seconds)", ""))
+    result_of(project.run("land"))
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.lock"])
+def test_run_whose_settings_or_lock_are_not_as_it_left_them_is_refused(project: Project, name: str) -> None:
+    result_of(project.run("land"))
+    file = project.workspace() / name
+    whole = file.read_text()
+    file.write_text(whole + "other: 1\n")
+    done = project.run("train")
+    assert done.returncode == 1
+    assert f"{file} is not as the run's steps left it" in done.stderr
+    file.write_text(whole)
+    result_of(project.run("train"))
+    result_of(project.run("train"))
 
 
 def test_run_after_a_killed_commit_restores_the_lock_file(project: Project) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Barrier
@@ -226,6 +226,17 @@ def test_verify_after_an_entry_was_forged_with_a_fitting_hash_names_the_next(sta
     tamper(tmp_path, f"UPDATE ledger SET hash = '{forged}' WHERE seq = 2")
     assert [problem for problem in state.verify() if "Entry 2" in problem] == []
     assert any("Entry 3 does not follow" in problem for problem in state.verify())
+
+
+def test_clock_set_back_leaves_decisions_and_entries_in_their_order(state: State) -> None:
+    ahead = datetime.now(UTC) + timedelta(days=1)
+    state.remember(Decision("a" * 64, 1, "promote", "", "2013-04-01", ahead.isoformat(timespec="milliseconds")))
+    add(state, ("promote", 1))
+    state.remember(Decision("b" * 64, 2, "refuse", "", "2013-04-01", datetime.now(UTC).isoformat()))
+    [entry], [first, second] = state.ledger(), state.decisions()
+    assert (first.version, second.version) == (1, 2)
+    assert first.decided_at < entry.at < second.decided_at
+    assert not state.verify()
 
 
 def test_decision_is_found_by_its_record_hash(state: State) -> None:
