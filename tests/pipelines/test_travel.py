@@ -205,6 +205,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": about}, sort_keys=False))
     git(project, "init", "-q")
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=project, check=True)
+    shutil.copy(PROJECT / ".dvc" / "config", project / ".dvc" / "config")
     git(project, "add", "-A")
     git(project, "commit", "-qm", "The toy")
     git(home, "clone", "-q", "--bare", str(project), str(home / "remote.git"))
