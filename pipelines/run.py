@@ -192,6 +192,10 @@ def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int)
         _kill_group(process.pid)
         note_step(lock, None)
     if code:
+        for half in root.glob(
+            "pipelines/**/__pycache__"
+        ):  # what Python 3.11 writes there on a full disk is taken for whole
+            shutil.rmtree(half, ignore_errors=True)
         sys.exit(code if code > 0 else 128 - code)
 
 

@@ -41,6 +41,8 @@ def versions() -> list[str]:
 def runs() -> list[str]:
     """MLflow runs that nobody ended, and DAG runs that have two."""
     experiment = tracking.client().get_experiment_by_name(tracking.EXPERIMENT)
+    if experiment is None:
+        return []
     found = tracking.client().search_runs([experiment.experiment_id], max_results=10_000)
     left = [f"run {run.info.run_name} is {run.info.status}" for run in found if run.info.status != "FINISHED"]
     twice = Counter(run.data.tags.get("ballast.run") for run in found)

@@ -105,7 +105,7 @@ class Round:
             for step in steps:
                 runner = self._wait_for(dag, step)
                 if (component := self.kills[place]) is not None:
-                    self._kill(component, dag, step, runner, typical[place])
+                    self._kill(component, dag, step, runner, typical.get(place, 0.0))
                 else:
                     self.took[place] = self._lifetime(runner)
                 place += 1

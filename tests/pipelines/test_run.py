@@ -301,6 +301,16 @@ def test_run_leaves_no_temporary_file_of_its_step_not_even_of_a_killed_one(proje
     assert not scratch.exists()
 
 
+def test_run_that_fails_leaves_no_bytecode_which_a_full_disk_may_have_cut_short(project: Project) -> None:
+    result_of(project.run("land"))
+    half = project.workspace() / "pipelines" / "sources" / "__pycache__" / "sql.cpython-311.pyc"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    (project.workspace() / "stage.py").write_text("raise OSError(28, 'No space left on device')")
+    assert project.run("train").returncode == 1
+    assert not half.parent.exists()
+
+
 @pytest.mark.parametrize("name", ["params.yaml", "dvc.lock"])
 def test_run_whose_settings_or_lock_are_not_as_it_left_them_is_refused(project: Project, name: str) -> None:
     result_of(project.run("land"))
