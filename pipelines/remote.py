@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pipelines.errors import BallastError, TryAgain
+from pipelines.workspace import run_cache_alone
 
 if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.repo import Repo
     from dvc.stage import PipelineStage
+
+ENTRY = re.compile(r"[0-9a-f]{64}")  # of the run cache; what has another name is still being written
 
 
 class Remote:
@@ -110,8 +114,11 @@ class Remote:
             return
         fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
         names = {fs.name(path): path for path in fs.find(fs.join(self._remote.path, "runs", folder))}
-        self._copy({here / name: path for name, path in names.items() if not (here / name).exists()})
-        if entry := self._repo.stage_cache._load(stage):
+        with run_cache_alone(self._repo.stage_cache.cache_dir):
+            lacking = {here / name: path for name, path in names.items() if not (here / name).exists()}
+            self._copy({path: there for path, there in lacking.items() if ENTRY.fullmatch(path.name)})
+            entry = self._repo.stage_cache._load(stage)
+        if entry:
             with suppress(FileNotFoundError):  # the data is gone from the remote: the stage is run
                 self._fetch(self._repo.stage_cache._create_stage(entry).outs)
 
@@ -119,7 +126,9 @@ class Remote:
         """Send what the run cache has of a stage that was recorded just now."""
         if folder := self._runs(stage):
             fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
-            self._put({path: fs.join(self._remote.path, "runs", folder, path.name) for path in here.iterdir()})
+            with run_cache_alone(self._repo.stage_cache.cache_dir):
+                known = [path for path in here.iterdir() if ENTRY.fullmatch(path.name)]
+            self._put({path: fs.join(self._remote.path, "runs", folder, path.name) for path in known})
 
     def _runs(self, stage: PipelineStage) -> str | None:
         """Where the run cache keeps a stage with these inputs; None if it does not, as with one that is always run."""

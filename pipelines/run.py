@@ -29,7 +29,7 @@ from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, travels, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, check_seal, note_step, owned, seal, using
+from pipelines.workspace import Workspace, check_seal, note_step, owned, run_cache_alone, seal, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -112,7 +112,8 @@ def _restore(repo: Repo, stage: PipelineStage) -> bool:
 
     stage.remove_outs(ignore_remove=False)
     try:
-        repo.stage_cache.restore(stage)
+        with run_cache_alone(repo.stage_cache.cache_dir):
+            repo.stage_cache.restore(stage)
     except RunCacheNotFoundError:
         return False
     return True
@@ -126,7 +127,8 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
     part.replace(guard)
     with repo.lock:
         stage.save()
-        stage.commit()
+        with run_cache_alone(repo.stage_cache.cache_dir):
+            stage.commit()
         stage.dvcfile.dump_stages([stage], update_pipeline=False)
     seal(root)
     guard.unlink()

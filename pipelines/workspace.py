@@ -194,6 +194,19 @@ def _collection(how: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def run_cache_alone(folder: str) -> Iterator[None]:
+    """Have DVC's run cache (``repo.stage_cache.cache_dir``) to oneself, for the moment that an entry takes.
+
+    DVC would take an entry that another process is writing for a corrupt one, and remove it.
+    """
+    path = Path(f"{folder}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def note_step(descriptor: int, process_group: int | None) -> None:
     """Write the step's process group into the lock, so that a later runner can end an orphan; None once it ended.
 

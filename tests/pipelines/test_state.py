@@ -404,7 +404,7 @@ def test_state_that_cannot_be_written_says_so(broken: str, said: str) -> None:
 
 def test_state_that_is_no_database_says_so(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"This is not a database, it is a sentence. " * 50)
-    with pytest.raises(BallastError, match="cannot be used: file is not a database"):
+    with pytest.raises(BallastError, match="is damaged: file is not a database"):
         State(uri(tmp_path))
 
 

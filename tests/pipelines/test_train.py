@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -371,8 +370,7 @@ def test_checkpoint_is_due_after_its_interval_and_holds_no_code(tmp_path: Path) 
     assert Checkpoint(tmp_path / "a.pt", every_s=0).due()
     assert not Checkpoint(None, every_s=0).due()
     torch.save({"step": Path()}, tmp_path / "a.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        Checkpoint(tmp_path / "a.pt").load()
+    assert Checkpoint(tmp_path / "a.pt").load() is None
 
 
 # --- a device that is too small ---------------------------------------------------------------------------------------
