@@ -24,7 +24,7 @@ WINDOWS = (("2024-02-20", "2024-03-05"), ("2024-03-05", "2024-03-20"))
 VOLATILE = {"seconds", "cached", "run_id", "experiment_id", "record_sha256", "commit"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Machine:
     """A clone of the code, with var/ and a DVC cache of its own."""
 
