@@ -39,13 +39,13 @@ def test_request_holds_names_of_secrets_and_no_value() -> None:
         "BALLAST_SOURCE": "/s",
         "BALLAST_LANDING": "/v/landing",
         "BALLAST_LINKS": "/v/runs/d/r/.dvc/tmp/links/train.json",
-        "BALLAST_STATE_URI": "postgresql://u:hush@h/d",
-        "MLFLOW_TRACKING_URI": "http://u:hush@mlflow",
-        "BALLAST_SOURCE_URL": "postgresql://u:hush@h/d",
+        "BALLAST_STATE_URI": "postgresql://u:secret@h/d",
+        "MLFLOW_TRACKING_URI": "http://u:secret@mlflow",
+        "BALLAST_SOURCE_URL": "postgresql://u:secret@h/d",
     }
     for stage in STAGES:
         asked = container.request(stage, "python -m it", Path("/v/runs/d/r"), env)
-        assert "hush" not in json.dumps(asked)
+        assert "secret" not in json.dumps(asked)
         assert asked["writes"][0] == f"/v/runs/d/r/data/{stage}"
         assert asked["reads"][0] == "/v/runs/d/r"
     assert container.request("train", "", Path("/v/runs/d/r"), env)["writes"][1:] == [
