@@ -62,11 +62,12 @@ def _begin(path: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         make(temporary)
-        lock = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if temporary.exists():
-            return temporary, lock
-        os.close(lock)  # another writer of this path was faster to take it for a rest
+        with suppress(FileNotFoundError):  # another writer of this path was faster to take it for a rest
+            lock = os.open(temporary, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, lock
+            os.close(lock)
 
 
 def _make_file(path: Path) -> None:

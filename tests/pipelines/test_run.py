@@ -356,7 +356,8 @@ def run_asking(
             request = json.loads(line.removeprefix(container.COMMAND))
             break
     if request and answer is None:
-        inside = {"PATH": env["PATH"], "VIRTUAL_ENV": environment, **request["env"]}
+        path = f"{Path(sys.executable).parent}:{env['PATH']}"
+        inside = {"PATH": path, "VIRTUAL_ENV": environment, **request["env"]}
         answer = f"{subprocess.run(request['command'], cwd=request['cwd'], env=inside, check=False).returncode}\n"
     out, err = process.communicate(answer)
     return Asked(subprocess.CompletedProcess(process.args, process.returncode, line + out, err), request)
