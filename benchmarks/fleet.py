@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bridge import free_port
-from benchmarks.pipeline import clone, seconds
+from benchmarks.pipeline import clone, environment, seconds
 
 FIRST = date(2013, 4, 1)
 DAG = "retrain_on_alert"
@@ -34,10 +32,10 @@ STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
 RUNS = """
 import json, sys, time
 from pipelines import embedded
-airflow, days, at_once = embedded.airflow(120), sys.argv[2:], sys.argv[1] == "at once"
+airflow, dag, at_once, days = embedded.airflow(120), sys.argv[1], sys.argv[2] == "at once", sys.argv[3:]
 began, runs = time.time(), []
 for number, day in enumerate(days):
-    runs.append(airflow.trigger("retrain_on_alert", f"fleet-{number}", {"as_of": day, "reason": "benchmark"}))
+    runs.append(airflow.trigger(dag, f"fleet-{number}", {"as_of": day, "reason": "benchmark"}))
     while not at_once and not (run := airflow.run(runs[-1].dag_id, runs[-1].run_id)).over:
         time.sleep(0.1)
 found = []
@@ -74,9 +72,7 @@ def stack(root: Path, runs: int, slots: int) -> Iterator[dict[str, str]]:
     dag = project / "dags" / f"{DAG}.py"
     dag.write_text(re.sub(r"max_active_runs=\d+", f"max_active_runs={runs}", dag.read_text()))
     names = ("AIRFLOW_PORT", "MLFLOW_PORT", "BALLAST_BRIDGE_PORT", "BALLAST_EXPORTER_PORT")
-    dropped = ("PYTHONDONTWRITEBYTECODE", "MLFLOW_TRACKING_URI")
-    env = {name: value for name, value in os.environ.items() if name not in dropped and not name.startswith("BALLAST_")}
-    env |= {name: str(free_port()) for name in names}
+    env = environment() | {name: str(free_port()) for name in names}
     make_pool = f"from pipelines import embedded; embedded.airflow(30).make_pool('training', {slots}, 'a benchmark')"
     pool = f"from pipelines import stack; stack.POOLS.pop('training'); stack.up(); {make_pool}"
     try:
@@ -98,7 +94,7 @@ def python(project: Path, env: dict[str, str], code: str, *arguments: str) -> st
 def airflow(root: Path, how: str, days: list[str], slots: int) -> Leg:
     """The runs in Airflow, ``at once`` or ``in turn``."""
     with stack(root, len(days), slots) as env:
-        return Leg(**json.loads(python(root, env, RUNS, how, *days)))
+        return Leg(**json.loads(python(root, env, RUNS, DAG, how, *days)))
 
 
 def repro(root: Path, days: list[str]) -> float:
@@ -108,9 +104,7 @@ def repro(root: Path, days: list[str]) -> float:
         project = clone(root / day)
         params = project / "params.yaml"
         params.write_text(re.sub(r'(?m)^as_of: "[^"]+"', f'as_of: "{day}"', params.read_text()))
-        began = time.perf_counter()
-        seconds([sys.executable, "-m", "dvc", "repro"], project)
-        took += time.perf_counter() - began
+        took += seconds([sys.executable, "-m", "dvc", "repro"], project)
     return took
 
 

@@ -36,11 +36,16 @@ def clone(into: Path) -> Path:
     return into
 
 
-def seconds(command: list[str], cwd: Path) -> float:
-    """How long a command takes; it must succeed."""
+def environment() -> dict[str, str]:
+    """The environment of somebody who has set nothing of ours, with this interpreter first on the PATH."""
     dropped = ("PYTHONDONTWRITEBYTECODE", "PYTHONSAFEPATH", "MLFLOW_TRACKING_URI")
     env = {name: value for name, value in os.environ.items() if name not in dropped and not name.startswith("BALLAST_")}
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+
+
+def seconds(command: list[str], cwd: Path) -> float:
+    """How long a command takes; it must succeed."""
+    env = environment()
     began = time.perf_counter()
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     took = time.perf_counter() - began

@@ -146,10 +146,10 @@ def _refs(runs: Runs, keep: int, days: int) -> Iterator[Waste]:
     if not places.travels():
         return
     named = {version.tags.get("ballast.commit", "").removesuffix("-dirty") for version in registry.versions()}
-    states, pins = refs.touched(), refs.there(f"{refs.RUNS}/*")
+    states, pins = refs.touched(), refs.there(f"{workspace.RUNS}/*")
     idle = {name: (time.time() - at) / DAY_S for name, (_, at) in states.items()}
     for name, why in runs.over(idle, keep, days):
-        pin, state = f"{refs.RUNS}/{name}", f"{refs.STATES}/{name}"
+        pin, state = f"{workspace.RUNS}/{name}", f"{refs.STATES}/{name}"
         gone = {state: states[name][0]} | ({pin: pins[pin]} if pins.get(pin, "") not in {"", *named} else {})
         yield Waste("ref", name, why, 0, refs=gone)
 

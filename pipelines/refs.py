@@ -13,7 +13,6 @@ from pipelines import places
 from pipelines.errors import BallastError, TryAgain
 from pipelines.workspace import git
 
-RUNS = "refs/ballast/runs"  # /<dag>/<run>: the commit that the run was begun on
 STATES = "refs/ballast/states"  # /<dag>/<run>: travel.py
 SHARED = "refs/ballast/shared/var"  # shared.py
 US = ("-c", "user.name=Ballast", "-c", "user.email=ballast@localhost")

@@ -25,7 +25,7 @@ import yaml
 
 from pipelines import places, refs, registry
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import read_json, sha256
+from pipelines.files import md5, read_json, sha256
 from pipelines.processes import die_with_parent
 from pipelines.registry import Version
 from pipelines.workspace import clone, share_cache, using
@@ -203,7 +203,7 @@ def _check_code(number: int, records: Records, root: Path) -> None:
     made = {out["path"] for entry in records.stages.values() for out in entry.get("outs", [])}
     deps = {dep["path"]: dep["md5"] for name in STAGES for dep in records.stages[name]["deps"]}
     files = {path: md5 for path, md5 in deps.items() if path not in made and not md5.endswith(".dir")}
-    if other := sorted(path for path, md5 in files.items() if _md5(root / path) != md5):
+    if other := sorted(path for path, was in files.items() if _md5(root / path) != was):
         raise BallastError(
             f"v{number} was made by code that commit {records.commit} does not hold: {', '.join(other)} had "
             "uncommitted changes. It cannot be reproduced; commit first, then train and register again."
@@ -231,10 +231,7 @@ def _at(settings: Any, name: str) -> Any:
 
 def _md5(path: Path) -> str | None:
     """DVC's hash of a file; None if there is none."""
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+    return md5(path) if path.is_file() else None
 
 
 def _take_data(number: int, stages: Mapping[str, Any], root: Path) -> dict[str, str]:
@@ -329,7 +326,7 @@ def _run_stage(name: str, entry: Mapping[str, Any], root: Path, python: Path, sa
     for line in entry["cmd"] if isinstance(entry["cmd"], list) else [entry["cmd"]]:
         _execute(["bash", "--norc", "-c", line], root, python, f"`{line}`")
     files = {out["path"]: out["md5"] for out in entry["outs"] if not out["md5"].endswith(".dir")}
-    other = sorted(path for path, md5 in files.items() if _md5(root / path) != md5)
+    other = sorted(path for path, was in files.items() if _md5(root / path) != was)
     summary = read_json(root / "data" / name / "result.json")["summary"]
     bytes_ = f"other bytes: {', '.join(other)}" if other else "the recorded bytes"
     say(name, f"{summary} · {bytes_}  {time.monotonic() - began:.0f} s")

@@ -11,7 +11,6 @@ to travel at any time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -20,7 +19,7 @@ from datetime import date
 from pathlib import Path
 
 from pipelines import places, refs
-from pipelines.files import canonical_json, read_json, whole_file
+from pipelines.files import canonical_json, md5, read_json, whole_file
 from pipelines.refs import SHARED
 from pipelines.remote import Remote
 from pipelines.workspace import git
@@ -62,8 +61,8 @@ def send(step: str, root: Path, index: Index, remote: Remote) -> None:
     own, here = _written(step, root)
     new = {name: path for name, path in here.items() if name not in index.hashes}
     files = {name: path for name, path in (new | own).items() if path.exists()}
-    hashes = {name: _md5(path) for name, path in files.items()}
-    remote.send_files({md5: files[name] for name, md5 in hashes.items() if index.hashes.get(name) != md5})
+    hashes = {name: md5(path) for name, path in files.items()}
+    remote.send_files({found: files[name] for name, found in hashes.items() if index.hashes.get(name) != found})
     while True:
         written = {name: hashes.get(name, "") for name in own if name in hashes or name in index.hashes}
         after = hashes | index.hashes | written
@@ -96,11 +95,11 @@ def _written(step: str, root: Path) -> tuple[Paths, Paths]:
 def _bring(names: Iterable[str], index: Index, remote: Remote) -> None:
     wanted = {}
     for name in names:
-        path, md5 = _path(name), index.hashes.get(name)
-        if md5 == "":
+        path, there = _path(name), index.hashes.get(name)
+        if there == "":
             path.unlink(missing_ok=True)
-        elif md5 and not (path.exists() and (name.startswith("landing/objects/") or _md5(path) == md5)):
-            wanted[path] = md5
+        elif there and not (path.exists() and (name.startswith("landing/objects/") or md5(path) == there)):
+            wanted[path] = there
     remote.bring_files(wanted)
 
 
@@ -130,24 +129,13 @@ def _named(paths: Iterable[Path]) -> Paths:
     }
 
 
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
 def _commit(root: Path, hashes: dict[str, str]) -> str:
     """A commit of the index alone: the one before is not needed, and goes."""
     file = root / ".dvc" / "tmp" / FILE
     with whole_file(file) as part:
         part.write_text(canonical_json(hashes).replace('",', '",\n') + "\n", encoding="utf-8")
     stage = {"GIT_INDEX_FILE": str(file.with_suffix(".index"))}
+    blob = git(root, "hash-object", "-w", str(file))
     git(root, "read-tree", "--empty", **stage)
-    git(
-        root,
-        "update-index",
-        "--add",
-        "--cacheinfo",
-        f"100644,{git(root, 'hash-object', '-w', str(file))},{FILE}",
-        **stage,
-    )
+    git(root, "update-index", "--add", "--cacheinfo", f"100644,{blob},{FILE}", **stage)
     return refs.commit(root, git(root, "write-tree", **stage), "What runs share")

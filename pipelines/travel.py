@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING
 from pipelines import places, refs, shared, workspace
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import whole_folder
-from pipelines.refs import RUNS, SHARED, STATES
+from pipelines.refs import SHARED, STATES
 from pipelines.remote import Remote
 from pipelines.shared import Index
-from pipelines.workspace import Workspace, git, name_of
+from pipelines.workspace import RUNS, Workspace, git
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -60,7 +60,7 @@ def ensure(dag_id: str, run_id: str, as_of: date | None, train_days: str | None 
     """
     if not places.travels():
         return workspace.ensure(dag_id, run_id, as_of, train_days=train_days)
-    root = places.var() / "runs" / name_of(dag_id) / name_of(run_id)
+    root = workspace.root_of(dag_id, run_id)
     if not root.exists():
         with whole_folder(root) as part:
             _lay_out(part, *_refs(root), as_of, train_days)

@@ -31,6 +31,7 @@ from pipelines.places import ROOT, var
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_S = 10.0
+RUNS = "refs/ballast/runs"  # /<dag>/<run>: the commit that the run was begun on
 KEEP = {"BALLAST_KEEP_RUNS": "3", "BALLAST_KEEP_FAILED_DAYS": "14"}
 SEAL = Path(".dvc/tmp/ballast-seal.json")
 
@@ -50,6 +51,11 @@ def name_of(run_id: str) -> str:
     return plain if plain == run_id else f"{plain}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
 
 
+def root_of(dag_id: str, run_id: str) -> Path:
+    """Where the workspace of a run lies, or will."""
+    return var() / "runs" / name_of(dag_id) / name_of(run_id)
+
+
 def ensure(
     dag_id: str, run_id: str, as_of: date | None, origin: Path = ROOT, train_days: str | None = None
 ) -> Workspace:
@@ -59,9 +65,8 @@ def ensure(
     (a number or ``all``). Raises BallastError if the project is no git repository, if the
     commit's ``uv.lock`` is not the environment's, or if the run was begun as of another date.
     """
-    name = f"{name_of(dag_id)}/{name_of(run_id)}"
-    root = var() / "runs" / name
-    commit = _pin(origin, f"refs/ballast/runs/{name}", anew=not root.exists())
+    root = root_of(dag_id, run_id)
+    commit = _pin(origin, f"{RUNS}/{root.parent.name}/{root.name}", anew=not root.exists())
     if not root.exists():
         tell_uncommitted(origin)
         with whole_folder(root) as part:

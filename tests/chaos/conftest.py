@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import PROJECT
+from tests.pipelines.postgresql import BIN
 
 from .rounds import COMPONENTS, HEAD, PLACES, Cell, plan
-from .topology import POSTGRESQL, Topology
+from .topology import Topology
 
 SEED = int(os.environ.get("CHAOS_SEED") or 1)
 CELLS = int(os.environ.get("CHAOS_CELLS") or len(PLACES) * len(COMPONENTS))
@@ -45,7 +46,7 @@ def kills() -> list[list[str | None]]:
 
 def needed() -> None:
     """Skip where Debian's servers are not installed."""
-    if POSTGRESQL is None or not shutil.which("redis-server"):
+    if BIN is None or not shutil.which("redis-server"):
         pytest.skip("needs PostgreSQL's server and redis-server (apt-get install postgresql redis-server)")
 
 

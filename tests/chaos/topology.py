@@ -36,8 +36,8 @@ from pipelines.dagruns import Airflow
 from pipelines.files import write_json
 from pipelines.stack import POOLS
 from tests.e2e.conftest import clean_environment, own_project
+from tests.pipelines.postgresql import BIN
 
-POSTGRESQL = next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)), None)
 MARK = "BALLAST_CHAOS"
 RESTART_S = 1.0  # until what has died is started again, as `restart: unless-stopped` does
 READY_S = 600.0
@@ -229,15 +229,15 @@ class Topology:
         self.wait()
 
     def _add_stores(self) -> None:
-        assert POSTGRESQL
+        assert BIN
         user = "postgres" if os.getuid() == 0 else getpass.getuser()
         data = self.root / "postgres"
         data.mkdir()
         shutil.chown(data, user)
         words = ["-D", str(data), "-U", "postgres", "-A", "trust", "-N"]
-        subprocess.run([str(POSTGRESQL / "initdb"), *words], check=True, user=user, cwd="/", capture_output=True)
+        subprocess.run([str(BIN / "initdb"), *words], check=True, user=user, cwd="/", capture_output=True)
         options = f"-p {self.ports['postgres']} -h 127.0.0.1 -k {data}"
-        self._add("postgres", [str(POSTGRESQL / "postgres"), "-D", str(data), *options.split()], {}, user)
+        self._add("postgres", [str(BIN / "postgres"), "-D", str(data), *options.split()], {}, user)
         folder = ["--dir", str(self.root / "redis"), "--appendonly", "yes", "--save", ""]
         self._add("redis", ["redis-server", "--bind", "127.0.0.1", "--port", str(self.ports["redis"]), *folder], {})
 

@@ -9,7 +9,6 @@ to the build.
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import pytest
 import yaml
 
 from pipelines.dagruns import Airflow, Refused
+from tests import docker_engine
 
 pytestmark = [
     pytest.mark.compose,
@@ -155,8 +155,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
-        pytest.skip("no Docker engine answers here")
+    docker_engine.needed()
     stack = Stack(tmp_path_factory.mktemp("compose"))
     stack.run("--profile", "*", "config", "--quiet")
     if not has(stack.image("grafana")):

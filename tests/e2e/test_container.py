@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import docker_engine
+
 from .conftest import PROJECT, clean_environment, own_project
 
 sys.path.insert(0, str(PROJECT / "scripts"))
@@ -90,8 +92,7 @@ def docker(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The id of the image that the stages run in."""
-    if not shutil.which("docker") or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
-        pytest.skip("no Docker engine answers here")
+    docker_engine.needed()
     if given := os.environ.get("BALLAST_STAGE_IMAGE"):
         return given
     secrets = tmp_path_factory.mktemp("secrets") / "stack.env"

@@ -268,7 +268,7 @@ def test_collect_refs_of_runs_in_the_git_remote_but_the_commit_of_a_version(
             state = refs.commit(site.root, tree, name)
         pin = commits[name == "r1"]
         run = f"retrain/{name}"
-        assert refs.move(site.root, {f"{refs.RUNS}/{run}": (None, pin), f"{refs.STATES}/{run}": (None, state)})
+        assert refs.move(site.root, {f"{workspace.RUNS}/{run}": (None, pin), f"{refs.STATES}/{run}": (None, state)})
     known(monkeypatch, failed=["retrain/failed"], running=["retrain/running"])
     made = registry.Version(1, "", "", "", datetime.now(UTC), {"ballast.commit": commits[1]})
     monkeypatch.setattr(registry, "versions", lambda: [made])
