@@ -9,7 +9,6 @@ it asks whoever runs it to run a stage's command instead: ``pipelines.container`
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines import container, travel
 from pipelines.errors import BallastError, TryAgain, exit_with
-from pipelines.files import read_json
+from pipelines.files import md5, read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, travels, var
 from pipelines.processes import die_with_parent
 from pipelines.workspace import Workspace, check_seal, note_step, owned, run_cache_alone, seal, using
@@ -126,9 +125,10 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
     part.write_bytes(lock_file.read_bytes() if lock_file.exists() else b"")
     part.replace(guard)
     with repo.lock:
-        stage.save()
+        stage.save(run_cache=False)
+        stage.commit()
         with run_cache_alone(repo.stage_cache.cache_dir):
-            stage.commit()
+            repo.stage_cache.save(stage)
         stage.dvcfile.dump_stages([stage], update_pipeline=False)
     seal(root)
     guard.unlink()
@@ -161,7 +161,7 @@ def _check_outs(root: Path) -> None:
     for name, stage in stages.items():
         for out in stage.get("outs", ()):
             path = root / out["path"]
-            if path.is_file() and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != out.get("md5"):
+            if path.is_file() and md5(path) != out.get("md5"):
                 raise BallastError(
                     f"{path} is not as `{name}` left it: cut short, or changed by hand. Clear `{name}` and what comes "
                     "after it: it comes back from the cache."
@@ -194,10 +194,10 @@ def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int)
         _kill_group(process.pid)
         note_step(lock, None)
     if code:
-        for half in root.glob(
+        for folder in root.glob(
             "pipelines/**/__pycache__"
-        ):  # what Python 3.11 writes there on a full disk is taken for whole
-            shutil.rmtree(half, ignore_errors=True)
+        ):  # half of what was written on a full disk is taken for whole
+            shutil.rmtree(folder, ignore_errors=True)
         sys.exit(code if code > 0 else 128 - code)
 
 

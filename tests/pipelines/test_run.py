@@ -19,7 +19,7 @@ import yaml
 
 from pipelines import container
 from pipelines import run as runner
-from pipelines.workspace import ensure, name_of
+from pipelines.workspace import ensure, name_of, run_cache_alone
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGE = """
@@ -225,6 +225,24 @@ def test_run_begun_as_of_another_date_is_refused(project: Project) -> None:
     done = project.run("train", as_of="2013-06-01")
     assert done.returncode == 1
     assert "began as of 2013-05-01 (asked for: 2013-06-01)" in done.stderr
+
+
+def test_run_writes_its_entry_of_the_run_cache_while_no_other_reads_there(project: Project) -> None:
+    """DVC takes an entry that is half there for a corrupt one, and removes it under the hands of who writes it."""
+    project.stages(seconds=0.5)
+    cache = project.root / ".dvc" / "cache"
+    with subprocess.Popen(project.command("land"), env=project.environment(), stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert any("begins" in line for line in run.stdout)
+        with run_cache_alone(str(cache / "runs")):
+            while not any((cache / "files").rglob("*")):
+                time.sleep(0.05)
+            with pytest.raises(subprocess.TimeoutExpired):
+                run.wait(1)
+            assert not (cache / "runs").exists()
+        run.stdout.read()
+    assert run.returncode == 0
+    assert len([path for path in (cache / "runs").rglob("*") if path.is_file()]) == 1
 
 
 def start_slow(project: Project, *under: str, step: str = "land") -> tuple[subprocess.Popen[str], int]:
