@@ -18,24 +18,26 @@ from datetime import UTC, date, datetime
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
 from prometheus_client.core import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
 
-from pipelines import breaker, embedded, facts, params, places
+from pipelines import breaker, embedded, facts, params, places, refs, shared
 from pipelines.errors import BallastError, ParamsError, exit_with
 from pipelines.facts import gauge, gauges
 from pipelines.files import read_json
 from pipelines.policy import PolicyParams
 from pipelines.runfacts import Watch
 from pipelines.state import State
+from pipelines.workspace import git
 
 log = logging.getLogger(__name__)
 
 STATE_EVERY_S = 3.0  # a look at the files; the store is read if they have changed, or after AGAIN_S
-AIRFLOW_EVERY_S = 15.0
+REMOTE_EVERY_S = 15.0
 AGAIN_S = 60.0  # for what changes by the clock alone: a retraining that is dead by now
 KEEP_S = 300.0  # as long as Prometheus itself goes on with the last value of a series
 REQUEST_S = 10.0  # for a client to send its request and take the answer
@@ -180,12 +182,36 @@ class StateSource(Source):
         return [(one.st_mtime_ns, one.st_size) for one in found if one.st_size]
 
 
-def landing() -> Sequence[Metric]:
+class LandingSource(Source):
+    """The landing store's own indexes: here, or in the git remote where the workers share no disk."""
+
+    def __init__(self) -> None:
+        super().__init__("landing", self._facts, REMOTE_EVERY_S if places.travels() else STATE_EVERY_S)
+        self._commit: str | None = None
+
+    def _facts(self) -> Sequence[Metric]:
+        if not places.travels():
+            return landed([read_json(index) for index in sorted((places.landing() / "index").glob("*.json"))])
+        commit = refs.there(refs.SHARED).get(refs.SHARED)
+        if self.read and commit == self._commit:
+            return self.read.families
+        indexes = []
+        if commit:
+            with TemporaryDirectory() as scratch:
+                root = Path(scratch)
+                git(root, "init", "--quiet", "--bare")
+                refs.fetch(root, refs.SHARED)
+                indexes = [json.loads(text) for text in shared.landed(root).values()]
+        self._commit = commit
+        return landed(indexes)
+
+
+def landed(indexes: Sequence[Any]) -> Sequence[Metric]:
     """How far the landing store goes: up to when each table was asked for, and its newest row before that."""
     until: dict[str, str] = {}
     newest: dict[str, str] = {}
-    for index in sorted((places.landing() / "index").glob("*.json")):
-        for table, settings in read_json(index).items():
+    for index in indexes:
+        for table, settings in index.items():
             pieces = [piece for pieces in settings.values() for piece in pieces.values() if piece.get("last")]
             if pieces:
                 until[table] = max(piece["until"] for piece in pieces)
@@ -202,7 +228,7 @@ class AirflowSource(Source):
     """Airflow's REST API. Whoever it is, and its password, are looked up again after a failure."""
 
     def __init__(self) -> None:
-        super().__init__("airflow", self._facts, AIRFLOW_EVERY_S)
+        super().__init__("airflow", self._facts, REMOTE_EVERY_S)
         self._watch: Watch | None = None
 
     def _facts(self) -> Sequence[Metric]:
@@ -276,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
 def serve(host: str, port: int) -> Server:
     """A server on this address, that looks at its sources already; raise BallastError if the port is taken."""
     state = StateSource()
-    sources = [state, Source("landing", landing, STATE_EVERY_S), AirflowSource()]
+    sources = [state, LandingSource(), AirflowSource()]
     try:
         server = Server((host, port), sources, Collector(sources, state.example))
     except OSError as error:

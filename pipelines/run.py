@@ -194,9 +194,8 @@ def _run_command(command: list[str], root: Path, env: dict[str, str], lock: int)
         _kill_group(process.pid)
         note_step(lock, None)
     if code:
-        for folder in root.glob(
-            "pipelines/**/__pycache__"
-        ):  # half of what was written on a full disk is taken for whole
+        # Half of what was written on a full disk is taken for whole.
+        for folder in root.glob("pipelines/**/__pycache__"):
             shutil.rmtree(folder, ignore_errors=True)
         sys.exit(code if code > 0 else 128 - code)
 

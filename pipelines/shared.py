@@ -4,9 +4,10 @@
     predictions/date=…/v<version>.parquet             the prediction log: score reads the windows before its own
     reports/monitor/<window>/{verdict,policy}.json    the verdicts: policy lays out the pages of all windows
 
-The index, a file at the ref ``refs/ballast/shared/var``, names each of them and its hash; they lie in the DVC remote.
-What the index does not name stays here as it is, and is sent with the next step of its kind: an installation may begin
-to travel at any time.
+The ref ``refs/ballast/shared/var`` of the git remote holds ``landing/<source>.json`` as they are, which the exporter
+reads there too, and ``index.json``, which names each other file and its hash; these lie in the DVC remote. What the ref
+does not have stays here as it is, and is sent with the next step of its kind: an installation may begin to travel at
+any time.
 """
 
 from __future__ import annotations
@@ -45,15 +46,24 @@ def fetched(root: Path) -> Index:
     return Index(git(root, "rev-parse", SHARED), json.loads(git(root, "show", f"{SHARED}:{FILE}")))
 
 
+def landed(root: Path) -> dict[str, str]:
+    """The landing store's own index of each source, by its file's name, where the ref was fetched into ``root``."""
+    names = git(root, "ls-tree", "--name-only", SHARED, "landing/").splitlines()
+    return {Path(name).name: git(root, "show", f"{SHARED}:{name}") + "\n" for name in names}
+
+
 def bring(step: str, root: Path, index: Index, remote: Remote) -> None:
     """Make what the step reads as the index has it."""
-    if step == "ingest":
-        _bring(_objects([root / "data" / "land" / "manifest.json"]), index, remote)
-        return
-    folder = {"land": "landing/index/", "score": "predictions/", "policy": "reports/"}[step]
-    _bring([name for name in index.hashes if name.startswith(folder)], index, remote)
     if step == "land":
-        _bring(_objects(_landed().values()), index, remote)
+        for name, text in landed(root).items() if index.commit else ():
+            with whole_file(places.landing() / "index" / name) as part:
+                part.write_text(text, encoding="utf-8")
+        _bring(_objects(_landed()), index, remote)
+    elif step == "ingest":
+        _bring(_objects([root / "data" / "land" / "manifest.json"]), index, remote)
+    else:
+        folder = {"score": "predictions/", "policy": "reports/"}[step]
+        _bring([name for name in index.hashes if name.startswith(folder)], index, remote)
 
 
 def send(step: str, root: Path, index: Index, remote: Remote) -> None:
@@ -63,10 +73,14 @@ def send(step: str, root: Path, index: Index, remote: Remote) -> None:
     files = {name: path for name, path in (new | own).items() if path.exists()}
     hashes = {name: md5(path) for name, path in files.items()}
     remote.send_files({found: files[name] for name, found in hashes.items() if index.hashes.get(name) != found})
+    indexes = {f"landing/{path.name}": path for path in (_landed() if step == "land" else ())}
     while True:
         written = {name: hashes.get(name, "") for name in own if name in hashes or name in index.hashes}
-        after = hashes | index.hashes | written
-        if after == index.hashes or refs.move(root, {SHARED: (index.commit, _commit(root, after))}):
+        tree = _tree(root, index.commit, hashes | index.hashes | written, indexes)
+        if index.commit and tree == git(root, "rev-parse", f"{index.commit}^{{tree}}"):
+            return
+        # A commit alone: the one before is not needed, and goes.
+        if refs.move(root, {SHARED: (index.commit, refs.commit(root, tree, "What runs share"))}):
             return
         refs.fetch(root, SHARED)
         index = fetched(root)
@@ -75,8 +89,7 @@ def send(step: str, root: Path, index: Index, remote: Remote) -> None:
 def _written(step: str, root: Path) -> tuple[Paths, Paths]:
     """The files that the step writes, be they there or not, and others of its kind that are here."""
     if step == "land":
-        indexes = _landed()
-        return indexes, {name: _path(name) for name in _objects([*indexes.values(), root / "data/land/manifest.json"])}
+        return {}, {name: _path(name) for name in _objects([*_landed(), root / "data/land/manifest.json"])}
     if step == "score":
         from pipelines import predictions  # pandas: not for every step
 
@@ -103,9 +116,9 @@ def _bring(names: Iterable[str], index: Index, remote: Remote) -> None:
     remote.bring_files(wanted)
 
 
-def _landed() -> Paths:
-    """The landing store's own indexes."""
-    return _named((places.landing() / "index").glob("[!.]*.json"))
+def _landed() -> list[Path]:
+    """The landing store's own indexes, here."""
+    return sorted((places.landing() / "index").glob("[!.]*.json"))
 
 
 def _objects(files: Iterable[Path]) -> list[str]:
@@ -120,22 +133,17 @@ def _path(name: str) -> Path:
 
 
 def _named(paths: Iterable[Path]) -> Paths:
-    roots = {"landing": places.landing(), "": places.var()}
-    return {
-        "/".join(filter(None, (kind, path.relative_to(root).as_posix()))): path
-        for path in paths
-        for kind, root in roots.items()
-        if path.is_relative_to(root) and (kind or not path.is_relative_to(roots["landing"]))
-    }
+    return {path.relative_to(places.var()).as_posix(): path for path in paths}
 
 
-def _commit(root: Path, hashes: dict[str, str]) -> str:
-    """A commit of the index alone: the one before is not needed, and goes."""
-    file = root / ".dvc" / "tmp" / FILE
-    with whole_file(file) as part:
+def _tree(root: Path, before: str | None, hashes: dict[str, str], files: Paths) -> str:
+    """What the ref is to hold: the index and these files, beside what the commit before has."""
+    index = root / ".dvc" / "tmp" / FILE
+    with whole_file(index) as part:
         part.write_text(canonical_json(hashes).replace('",', '",\n') + "\n", encoding="utf-8")
-    stage = {"GIT_INDEX_FILE": str(file.with_suffix(".index"))}
-    blob = git(root, "hash-object", "-w", str(file))
-    git(root, "read-tree", "--empty", **stage)
-    git(root, "update-index", "--add", "--cacheinfo", f"100644,{blob},{FILE}", **stage)
-    return refs.commit(root, git(root, "write-tree", **stage), "What runs share")
+    stage = {"GIT_INDEX_FILE": str(index.with_suffix(".index"))}
+    git(root, "read-tree", before or "--empty", **stage)
+    for name, path in {FILE: index, **files}.items():
+        blob = git(root, "hash-object", "-w", str(path))
+        git(root, "update-index", "--add", "--cacheinfo", f"100644,{blob},{name}", **stage)
+    return git(root, "write-tree", **stage)

@@ -79,7 +79,7 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exposed]:
         state.set_clock(date(2013, 4, 1))
         known = facts.look(state, 3, params.load(ROOT / "params.yaml", "policy", PolicyParams))
         source = exporter.Source("state", lambda: facts.families(known), 1)
-        sources = [source, exporter.Source("landing", exporter.landing, 1), exporter.Source("airflow", airflow, 1)]
+        sources = [source, exporter.LandingSource(), exporter.Source("airflow", airflow, 1)]
         collector = exporter.Collector(sources, lambda: (True, known.clock))
         for one in sources:
             one.look()

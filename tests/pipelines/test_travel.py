@@ -27,7 +27,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
-from pipelines import places, refs, travel, workspace
+from pipelines import exporter, facts, places, refs, travel, workspace
 from pipelines import run as runner
 from pipelines.errors import BallastError, TryAgain
 from pipelines.remote import Remote
@@ -63,7 +63,8 @@ if name == "land":
     text = Path(os.environ["BALLAST_SOURCE"], "rows").read_text()
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     write(landing / "objects" / sha256[:2] / f"{sha256[2:]}.parquet", text)
-    write(landing / "index" / "toy.json", json.dumps({"sha256": sha256}))
+    piece = {"last": text, "until": "2024-03-01T00:00:00+00:00", "partitions": [{"sha256": sha256}]}
+    write(landing / "index" / "toy.json", json.dumps({"toy": {"settings": {"all": piece}}}) + "\\n")
     write(out / "manifest.json", json.dumps({"sha256": sha256}))
 if name == "ingest":
     sha256 = json.loads(Path("data/land/manifest.json").read_text())["sha256"]
@@ -283,6 +284,29 @@ def test_chain_with_each_step_on_the_next_machine_leaves_what_one_machine_does(
     runs = ("r2", "r1", "r3")
     assert travelled([site.machine("a"), site.machine("b")], *runs) == expected(*runs)
     assert names_only_what_is_there(site)
+
+
+def test_exporter_reads_what_was_landed_from_the_git_remote(site: Site) -> None:
+    """Toy's rows are as landing stores' indexes are: one table, one piece."""
+    machine, watching = site.machine("a"), site.machine("b")
+    with watching.here():
+        source = exporter.LandingSource()
+        source.look()
+        assert (source.error, [metric.samples for metric in source.families()]) == (None, [[], []])
+    for last in ("2024-02-28T22:00:00+00:00", "2024-02-29T22:00:00+00:00"):
+        machine.run("settle", last[8:10])
+        (site.home / "source" / "rows").write_text(last)
+        machine.run("land", last[8:10])
+        with watching.here():
+            source.look()
+        assert source.error is None
+        newest, asked = (metric.samples[0] for metric in source.families())
+        assert (newest.labels, newest.value) == ({"table": "toy"}, facts.stamp(last))
+        assert asked.value == facts.stamp("2024-03-01T00:00:00+00:00")
+    site.git_remote.rename(site.home / "away")
+    with watching.here():
+        source.look()
+    assert source.error.startswith("The git remote") and source.families()
 
 
 def test_chain_killed_before_and_after_each_effect_ends_as_an_unbroken_one(
