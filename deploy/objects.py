@@ -1,4 +1,4 @@
-"""The objects of MLflow's bucket as one tar: ``python objects.py out >FILE`` and ``python objects.py in <FILE``."""
+"""The objects of a bucket as one tar: ``python objects.py out >FILE`` and ``python objects.py in <FILE``."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Make the bucket of MLflow's artifacts, once the store answers."""
+"""Make a store's bucket, once it answers."""
 
 import os
 import sys

@@ -13,6 +13,9 @@ for database in ballast mlflow mlflow_auth airflow; do
     "$@" exec -T postgres pg_dump --username=postgres --format=custom "$database" >"$part/$database.dump"
 done
 "$@" run --rm -T --no-deps storage-init python /opt/ballast/deploy/objects.py out >"$part/objects.tar"
+if "$@" config --services | grep -qx s3-data; then # workspaces travel: deploy/travel.yml
+    "$@" run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py out >"$part/data.tar"
+fi
 # All of the volume but what runs can make again: their workspaces and DVC's notes.
 "$@" run --rm -T --no-deps project tar -C /var/lib/ballast --exclude=./runs --exclude=./dvc-site -c . >"$part/var.tar"
 "$@" run --rm -T --no-deps project tar -C /project -c . >"$part/project.tar"

@@ -19,6 +19,10 @@ for database in ballast mlflow mlflow_auth airflow; do
     "$@" exec -T postgres pg_restore --username=postgres --exit-on-error --dbname="$database" <"$from/$database.dump"
 done
 "$@" run --rm -T --no-deps storage-init python /opt/ballast/deploy/objects.py in <"$from/objects.tar"
+if [ -e "$from/data.tar" ]; then # of workspaces that travel: deploy/travel.yml
+    "$@" run --rm -T s3-data-init
+    "$@" run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py in <"$from/data.tar"
+fi
 for pair in var:/var/lib/ballast project:/project; do
     folder=${pair#*:}
     "$@" run --rm -T --no-deps project sh -c "find $folder -mindepth 1 -delete && tar -C $folder -x" <"$from/${pair%%:*}.tar"

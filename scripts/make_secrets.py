@@ -30,6 +30,8 @@ SECRETS: dict[str, Callable[[], str]] = {
     "REDIS_PASSWORD": _password,
     "S3_ACCESS_KEY": lambda: secrets.token_hex(10),
     "S3_SECRET_KEY": _password,
+    "S3_DATA_ACCESS_KEY": lambda: secrets.token_hex(10),  # of the store that workspaces travel by
+    "S3_DATA_SECRET_KEY": _password,
     "AIRFLOW_FERNET_KEY": _fernet_key,  # encrypts connections and variables: without it a backup's are lost
     "AIRFLOW_SECRET_KEY": _password,
     "AIRFLOW_JWT_SECRET": lambda: secrets.token_hex(64),

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import ssl
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_network
@@ -21,27 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.dagruns import Airflow
 from tests import docker_engine
+from tests.compose.stack import Stack, call
 
 pytestmark = [
     pytest.mark.compose,
     # What a cut connection leaves is collected in any test.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-ROOT = Path(__file__).parent.parent.parent
-PORTS = {"AIRFLOW_PORT": "28180", "MLFLOW_PORT": "25100"}
-TAG = os.environ.get("BALLAST_TAG", "test")
 STAGES = ["land", "ingest", "validate", "prepare", "train", "evaluate"]
 NAME = "host.docker.internal"
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_secrets import make  # noqa: E402
-
-
-def call(*command: str, **env: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout.strip()
 
 
 def certificates(folder: Path) -> None:
@@ -106,31 +92,6 @@ class Endpoint:
         self.thread.join()
 
 
-class Stack:
-    """The stack under test, and what was created for it meanwhile."""
-
-    def __init__(self, folder: Path, image: str, port: int) -> None:
-        self.secrets = folder / "secrets" / "stack.env"
-        make(self.secrets)
-        self.env = PORTS | {
-            "BALLAST_TAG": TAG,
-            "BALLAST_STAGE_IMAGE": image,
-            "BALLAST_DOCKER_HOST": f"tcp://{NAME}:{port}",
-            "BALLAST_DOCKER_CERTS": str(folder / "certificates"),
-        }
-        files = [
-            f"--file={file}" for file in ("docker-compose.yml", "deploy/containers.yml", "tests/compose/override.yml")
-        ]
-        self.command = ["docker", "compose", "-p", "ballast-contained", "--env-file", str(self.secrets), *files]
-
-    def run(self, *arguments: str) -> str:
-        return call(*self.command, *arguments, **self.env)
-
-    def airflow(self) -> Airflow:
-        held = dict(line.split("=", 1) for line in self.secrets.read_text().splitlines())
-        return Airflow(f"http://127.0.0.1:{PORTS['AIRFLOW_PORT']}", "admin", held["AIRFLOW_ADMIN_PASSWORD"], 60)
-
-
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     docker_engine.needed()
@@ -138,18 +99,19 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     certificates(folder / "certificates")
     subnet = call("docker", "network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Subnet}}")
     endpoint = Endpoint(folder / "certificates", str(ip_network(subnet)[1]))  # what containers call host-gateway
-    stack = Stack(folder, "none yet", endpoint.port)
-    if TAG == "test":
-        call("git", "bundle", "create", "--quiet", "deploy/project.bundle", "HEAD")
-        stack.run("build", "airflow-init", "project")
-    image = call("docker", "image", "inspect", "--format", "{{.Id}}", f"ballast-pipeline:{TAG}")
-    stack.env["BALLAST_STAGE_IMAGE"] = image
+    where = {
+        "BALLAST_STAGE_IMAGE": "none yet",
+        "BALLAST_DOCKER_HOST": f"tcp://{NAME}:{endpoint.port}",
+        "BALLAST_DOCKER_CERTS": str(folder / "certificates"),
+    }
+    stack = Stack("ballast-contained", folder, 27100, "deploy/containers.yml", **where)
+    stack.build()
+    stack.env["BALLAST_STAGE_IMAGE"] = call("docker", "image", "inspect", "--format={{.Id}}", stack.image("worker"))
     try:
-        stack.run("up", "--detach", "--no-build")
-        call("sh", "scripts/compose_wait.sh", *stack.command, **stack.env, COMPOSE_WAIT_S="900")
+        stack.start()
         yield stack
     finally:
-        stack.run("--profile", "*", "down", "--volumes", "--timeout", "10")
+        stack.remove()
         endpoint.close()
 
 
@@ -166,15 +128,10 @@ def created(tmp_path: Path) -> Iterator[Path]:
 def test_retraining_runs_its_stages_in_containers_of_an_engine_over_tls(stack: Stack, created: Path) -> None:
     airflow = stack.airflow()
     airflow.set_paused("retrain_scheduled", False)
-    began = time.monotonic()
     run = airflow.trigger("retrain_scheduled", "turn", {"as_of": "2013-04-01"})
-    while not run.over and time.monotonic() - began < 1800:
-        time.sleep(2)
-        run = airflow.run(run.dag_id, run.run_id)
-    print("\n" + ", ".join(f"{task.task_id} {task.seconds:.0f} s" for task in airflow.tasks(run) if task.seconds))
-    assert run.state == "success", [(task.task_id, task.state) for task in airflow.tasks(run)]
+    stack.ended(run.dag_id, run.run_id)
     made = [json.loads(line)["Actor"]["Attributes"] for line in created.read_text().splitlines()]
     ours = [one for one in made if one["ballast.var"].endswith("/ballast-contained_var/_data")]
     assert [one["ballast.task"] for one in ours] == STAGES
     assert not call("docker", "ps", "--all", "--quiet", "--filter=label=ballast.run=turn")
-    assert f"image {stack.env['BALLAST_STAGE_IMAGE']}" in stack.run("exec", "-T", "worker", "ballast", "explain", "1")
+    assert f"image {stack.env['BALLAST_STAGE_IMAGE']}" in stack.ballast("explain", "1")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PUBLISHED = {"api-server", "mlflow", "grafana"}
-ONCE = {"airflow-init", "project", "storage-init", "mlflow-init", "bridge-init"}
+ONCE = {"airflow-init", "project", "storage-init", "mlflow-init", "bridge-init", "s3-data-init"}
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_secrets import SECRETS, make  # noqa: E402
 
@@ -30,7 +30,7 @@ def test_ports_only_user_interfaces_published_on_loopback() -> None:
 def test_networks_only_two_lead_out() -> None:
     inner = {name for name, network in COMPOSE["networks"].items() if network.get("internal")}
     assert set(COMPOSE["networks"]) - inner == {"edge", "outside"}
-    for name in ("postgres", "redis", "s3"):
+    for name in ("postgres", "redis", "s3", "s3-data", "git"):
         assert set(SERVICES[name]["networks"]) <= inner, name
 
 
@@ -65,7 +65,7 @@ def test_service_is_confined_limited_and_watched(name: str) -> None:
     assert not service["image"].endswith(":latest") and ":" in service["image"]
     if service["image"].startswith("ballast-"):
         assert service["read_only"]
-        assert name in ONCE or "BALLAST_HEALTH" in service["environment"]
+        assert name in ONCE or "BALLAST_HEALTH" in service["environment"] or "healthcheck" in service
     else:
         assert "healthcheck" in service
 

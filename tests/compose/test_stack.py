@@ -7,12 +7,10 @@ to the build.
 """
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,15 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from pipelines.dagruns import Airflow, Refused
+from pipelines.dagruns import Refused
 from tests import docker_engine
+from tests.compose.stack import ROOT, Stack, until
 
 pytestmark = [
     pytest.mark.compose,
     # An answer that refuses holds its socket until it is collected, which may be in another test.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-ROOT = Path(__file__).parent.parent.parent
-PORTS = {"AIRFLOW_PORT": "28080", "MLFLOW_PORT": "25000", "GRAFANA_PORT": "23000"}
-AIRFLOW, MLFLOW = (f"http://127.0.0.1:{PORTS[name]}" for name in ("AIRFLOW_PORT", "MLFLOW_PORT"))
 ALERT = {"alertname": "WeatherFeedMended", "ballast_action": "retrain", "ballast_as_of": "2013-04-01"}
 # Panels about a window, while none was monitored; and those that show only what is wrong or under way.
 MAY_BE_EMPTY = re.compile(r"ballast_(window|model|drift|prediction|data)_|ballast_policy_verdict|> \d|^ALERTS|_since_")
@@ -52,17 +48,6 @@ for url in urls:
     answers.append((answer.status, answer.read().decode()))
 print(json.dumps(answers))
 """
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_secrets import make  # noqa: E402
-
-
-def until(what: str, look: Callable[[], Any], within_s: float = 120) -> Any:
-    """What ``look`` finds once it finds something."""
-    deadline = time.monotonic() + within_s
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(2)
-    return found
 
 
 def has(image: str) -> bool:
@@ -80,56 +65,8 @@ def has_otlp(image: str) -> bool:
     return "enable-otlp-receiver" in said.stdout + said.stderr
 
 
-class Stack:
-    """The stack under test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.env_file = folder / "secrets" / "stack.env"
-        make(self.env_file)
-        lines = self.env_file.read_text().splitlines()
-        self.secrets = dict(line.split("=", 1) for line in lines)
-        self.files = ["docker-compose.yml", "tests/compose/override.yml"]
-
-    @property
-    def command(self) -> list[str]:
-        """Compose, as it is called from a checkout."""
-        files = [part for file in self.files for part in ("-f", file)]
-        project = ["-p", "ballast-test", "--env-file", str(self.env_file)]
-        return ["docker", "compose", *project, *files, "--profile", "monitoring"]
-
-    def run(self, *arguments: str) -> str:
-        """What Compose prints; raise with all it said if it fails."""
-        return self.call(*self.command, *arguments)
-
-    def call(self, *command: str, cwd: Path = ROOT) -> str:
-        env = os.environ | PORTS | {"BALLAST_TAG": "test", "AIRFLOW_METRICS": "True"}
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        return done.stdout
-
-    def services(self) -> dict[str, Any]:
-        """Each, as Compose reads the files."""
-        services: dict[str, Any] = json.loads(self.run("config", "--format", "json"))["services"]
-        return services
-
-    def image(self, service: str) -> str:
-        return str(self.services()[service]["image"])
-
-    def start(self) -> None:
-        self.run("up", "--detach", "--no-build")
-        self.wait()
-
-    def wait(self) -> None:
-        self.call("sh", "scripts/compose_wait.sh", *self.command)
-
-    def airflow(self, user: str = "admin", password: str | None = None) -> Airflow:
-        return Airflow(AIRFLOW, user, password or self.secrets["AIRFLOW_ADMIN_PASSWORD"], 60)
-
-    def ballast(self, *arguments: str) -> str:
-        return self.run("exec", "-T", "worker", "ballast", *arguments)
-
-    def status(self) -> str:
-        return self.ballast("status")
+class Monitored(Stack):
+    """The stack with its monitoring."""
 
     def ask(self, *urls: str, body: str = "", **headers: str) -> list[tuple[int, str]]:
         """What services without a published port answer: the status, and what they say."""
@@ -143,20 +80,12 @@ class Stack:
         assert {status for status, _ in answers} == {HTTPStatus.OK}, answers
         return [json.loads(said)["data"] for _, said in answers]
 
-    def ended(self, dag_id: str, run_id: str, within_s: float = 1800) -> None:
-        """Wait until a run has ended well."""
-        airflow = self.airflow()
-        until(run_id, lambda: (run := airflow.find(dag_id, run_id)) and run.over, within_s)
-        run = airflow.run(dag_id, run_id)
-        tasks = airflow.tasks(run)
-        print(f"\n{dag_id}: " + ", ".join(f"{task.task_id} {task.seconds:.0f} s" for task in tasks if task.seconds))
-        assert run.state == "success", [(task.task_id, task.state) for task in tasks]
-
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     docker_engine.needed()
-    stack = Stack(tmp_path_factory.mktemp("compose"))
+    folder = tmp_path_factory.mktemp("compose")
+    stack = Monitored("ballast-test", folder, 26000, profiles=("monitoring",), AIRFLOW_METRICS="True")
     stack.run("--profile", "*", "config", "--quiet")
     if not has(stack.image("grafana")):
         print("\nwithout Grafana: there is no image of it here")
@@ -164,8 +93,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if not has_otlp(stack.image("prometheus")):
         stack.files.append("tests/compose/receiver.yml")
     began = time.monotonic()
-    stack.call("git", "bundle", "create", "--quiet", "deploy/project.bundle", "HEAD")
-    stack.run("build", "airflow-init", "project")
+    stack.build()
     built = time.monotonic()
     print(f"\nbuilt in {built - began:.0f} s")
     try:
@@ -174,14 +102,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         print(stack.run("stats", "--no-stream", "--format", "{{.Name}}\t{{.MemUsage}}\t{{.CPUPerc}}"))
         yield stack
     finally:
-        stack.run("--profile", "*", "down", "--volumes", "--timeout", "10")
+        stack.remove()
 
 
-def test_user_interfaces_without_credentials_refuse(stack: Stack) -> None:
+def test_user_interfaces_without_credentials_refuse(stack: Monitored) -> None:
     for url in (
-        f"{AIRFLOW}/api/v2/dags",
-        f"{MLFLOW}/api/2.0/mlflow/experiments/search?max_results=1",
-        f"{MLFLOW}/api/2.0/mlflow-artifacts/artifacts?path=1",
+        f"{stack.url('AIRFLOW_PORT')}/api/v2/dags",
+        f"{stack.url('MLFLOW_PORT')}/api/2.0/mlflow/experiments/search?max_results=1",
+        f"{stack.url('MLFLOW_PORT')}/api/2.0/mlflow-artifacts/artifacts?path=1",
     ):
         with pytest.raises(HTTPError) as refused:
             urlopen(url, timeout=20)
@@ -189,7 +117,7 @@ def test_user_interfaces_without_credentials_refuse(stack: Stack) -> None:
         assert refused.value.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN), url
 
 
-def test_roles_viewer_cannot_trigger_and_operator_cannot_approve(stack: Stack) -> None:
+def test_roles_viewer_cannot_trigger_and_operator_cannot_approve(stack: Monitored) -> None:
     for name, role in (("viewer", "Viewer"), ("operator", "Operator"), ("approver", "Approver")):
         account = ["--username", name, "--password", f"{name}-password", "--role", role]
         person = ["--firstname", name, "--lastname", name, "--email", f"{name}@ballast.invalid"]
@@ -209,7 +137,7 @@ def test_roles_viewer_cannot_trigger_and_operator_cannot_approve(stack: Stack) -
     assert refused.value.status == HTTPStatus.NOT_FOUND
 
 
-def test_containers_run_without_root_or_the_engine(stack: Stack) -> None:
+def test_containers_run_without_root_or_the_engine(stack: Monitored) -> None:
     for service in ("api-server", "scheduler", "dag-processor", "triggerer", "worker", "mlflow"):
         said = stack.run(
             "exec", "-T", service, "sh", "-c", "id -u; ls /var/run/docker.sock 2>/dev/null; touch /opt/x || true"
@@ -220,7 +148,7 @@ def test_containers_run_without_root_or_the_engine(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("service", ["api-server", "worker"])
-def test_image_holds_no_secret_and_nothing_that_was_not_committed(stack: Stack, service: str) -> None:
+def test_image_holds_no_secret_and_nothing_that_was_not_committed(stack: Monitored, service: str) -> None:
     image = stack.image(service)
     made = stack.call("docker", "history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
     made += stack.call("docker", "image", "inspect", image)
@@ -236,7 +164,7 @@ def test_image_holds_no_secret_and_nothing_that_was_not_committed(stack: Stack, 
         assert [line for line in more if not line.endswith("__pycache__/")] == []
 
 
-def test_networks_publish_user_interfaces_and_keep_stores_apart(stack: Stack) -> None:
+def test_networks_publish_user_interfaces_and_keep_stores_apart(stack: Monitored) -> None:
     running = [json.loads(line) for line in stack.run("ps", "--format", "json").splitlines()]
     published = {
         (one["Service"], port["URL"], str(port["PublishedPort"]))
@@ -245,14 +173,14 @@ def test_networks_publish_user_interfaces_and_keep_stores_apart(stack: Stack) ->
         if port["PublishedPort"]
     }
     meant = {"api-server": "AIRFLOW_PORT", "mlflow": "MLFLOW_PORT", "grafana": "GRAFANA_PORT"}
-    assert published == {(name, "127.0.0.1", PORTS[meant[name]]) for name in meant if name in stack.services()}
+    assert published == {(name, "127.0.0.1", stack.ports[meant[name]]) for name in meant if name in stack.services()}
     for service, others in {"bridge": "redis s3", "mlflow": "redis prometheus", "worker": "s3 prometheus"}.items():
         for other in others.split():
             look = f"import socket\ntry: print(socket.gethostbyname('{other}'))\nexcept OSError: print('unknown')"
             assert stack.run("exec", "-T", service, "python", "-c", look).strip() == "unknown", (service, other)
 
 
-def test_prometheus_scrapes_both_by_tls_and_has_every_rule(stack: Stack) -> None:
+def test_prometheus_scrapes_both_by_tls_and_has_every_rule(stack: Monitored) -> None:
     def targets() -> dict[str, Any]:
         return {target["labels"]["job"]: target for target in stack.prometheus("targets")[0]["activeTargets"]}
 
@@ -277,7 +205,7 @@ def test_prometheus_scrapes_both_by_tls_and_has_every_rule(stack: Stack) -> None
     assert [one["url"] for one in receivers["activeAlertmanagers"]] == ["http://alertmanager:9093/api/v2/alerts"]
 
 
-def test_bridge_without_the_token_refuses(stack: Stack) -> None:
+def test_bridge_without_the_token_refuses(stack: Monitored) -> None:
     body = json.dumps({"action": "retrain", "source": "nobody", "key": "1", "reason": "none"})
     for headers in ({}, {"Authorization": "Bearer " + "0" * 48}):
         ((status, _),) = stack.ask("https://bridge:9190/trigger", body=body, **headers)
@@ -285,7 +213,7 @@ def test_bridge_without_the_token_refuses(stack: Stack) -> None:
     assert json.loads(stack.ballast("alerts", "--json"))["alerts"] == []
 
 
-def test_alert_retrains_through_celery_and_is_on_record(stack: Stack) -> None:
+def test_alert_retrains_through_celery_and_is_on_record(stack: Monitored) -> None:
     stack.airflow("operator", "operator-password").set_paused("retrain_on_alert", False)
     began = time.monotonic()
     alert = [{"labels": ALERT, "annotations": {"summary": "The weather of March was delivered again"}}]
@@ -301,7 +229,7 @@ def test_alert_retrains_through_celery_and_is_on_record(stack: Stack) -> None:
     assert ALERT["alertname"] in stack.ballast("explain", "1")
 
 
-def test_dashboards_every_query_is_answered_by_this_prometheus(stack: Stack) -> None:
+def test_dashboards_every_query_is_answered_by_this_prometheus(stack: Monitored) -> None:
     pages = (ROOT / "monitoring" / "grafana" / "dashboards").glob("*.json")
     found = [json.loads(one) for page in pages for one in re.findall(r'"expr": ("(?:[^"\\]|\\.)*")', page.read_text())]
     assert len(found) > 40
@@ -311,14 +239,14 @@ def test_dashboards_every_query_is_answered_by_this_prometheus(stack: Stack) -> 
     assert "ballast_champion_version" in data
 
 
-def test_airflow_sends_metrics_of_its_own_as_documented(stack: Stack) -> None:
+def test_airflow_sends_metrics_of_its_own_as_documented(stack: Monitored) -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
     rows = re.findall(r"^\| `(airflow_\w+)` \| ([\w-]+) \|", page, re.M)
     assert rows
     until("they come", lambda: set(rows) <= airflow_metrics(stack))
 
 
-def airflow_metrics(stack: Stack) -> set[tuple[str, str]]:
+def airflow_metrics(stack: Monitored) -> set[tuple[str, str]]:
     """Those that have come, each with the service that sent it."""
     if "receiver" not in stack.services():
         (found,) = stack.prometheus("series?match[]=" + quote('{__name__=~"airflow_.+"}'))
@@ -328,7 +256,7 @@ def airflow_metrics(stack: Stack) -> set[tuple[str, str]]:
     return {(name, service.removeprefix("airflow-")) for service, names in told.items() for name in names}
 
 
-def test_upgrade_brings_another_commit_and_its_backup_all_that_was(stack: Stack, tmp_path: Path) -> None:
+def test_upgrade_brings_another_commit_and_its_backup_all_that_was(stack: Monitored, tmp_path: Path) -> None:
     before, history = stack.status(), stack.ballast("history")
     checkout, backup = tmp_path / "checkout", tmp_path / "backup"
     stack.call("git", "clone", "--quiet", str(ROOT), str(checkout))
@@ -347,7 +275,7 @@ def test_upgrade_brings_another_commit_and_its_backup_all_that_was(stack: Stack,
     stack.ended(run.dag_id, run.run_id)
     assert airflow.result(run, "evaluate")["commit"] == newer
 
-    stack.run("--profile", "*", "down", "--volumes", "--timeout", "10")
+    stack.remove()
     stack.call("sh", "scripts/compose_restore.sh", str(backup), *stack.command)
     stack.start()
     assert (stack.status(), stack.ballast("history")) == (before, history)

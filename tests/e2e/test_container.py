@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ import pytest
 import yaml
 
 from tests import docker_engine
+from tests.compose.stack import Stack
 
-from .conftest import PROJECT, clean_environment, own_project
-
-sys.path.insert(0, str(PROJECT / "scripts"))
-from make_secrets import make
+from .conftest import clean_environment, own_project
 
 pytestmark = pytest.mark.e2e
 NO_MLFLOW = "http://127.0.0.1:9"  # training goes on without
@@ -95,13 +94,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     docker_engine.needed()
     if given := os.environ.get("BALLAST_STAGE_IMAGE"):
         return given
-    secrets = tmp_path_factory.mktemp("secrets") / "stack.env"
-    make(secrets)
-    subprocess.run(["git", "bundle", "create", "-q", "deploy/project.bundle", "HEAD"], cwd=PROJECT, check=True)
-    files = ["--env-file", str(secrets), "-f", "docker-compose.yml", "-f", "tests/compose/override.yml"]
-    command = ["docker", "compose", "-p", "ballast-test", *files, "build", "--quiet", "project"]
-    subprocess.run(command, cwd=PROJECT, env={**os.environ, "BALLAST_TAG": "test"}, check=True)
-    return docker("image", "inspect", "--format", "{{.Id}}", "ballast-pipeline:test")
+    stack = Stack("ballast-test", tmp_path_factory.mktemp("secrets"), 26000)
+    stack.build("project")
+    return docker("image", "inspect", "--format", "{{.Id}}", stack.image("project"))
 
 
 class Site:
@@ -305,3 +300,27 @@ def test_engine_away_is_tried_again(site: Site) -> None:
     output = site.run("land", DOCKER_HOST="tcp://127.0.0.1:9")
     assert "raised AirflowException: No Docker engine answers at tcp://127.0.0.1:9" in output, output
     assert not site.workspace().exists()
+
+
+@pytest.mark.skipif(
+    not os.environ.get("CHAOS_ENGINE"),
+    reason="it kills the Docker engine: CHAOS_ENGINE has to name the command that starts it again",
+)
+def test_engine_killed_in_each_stage_is_tried_again_to_the_same_lock(site: Site) -> None:
+    for stage in STAGES:
+        worker = site.start(stage)
+        while not site.containers(f"ballast.task={stage}"):
+            assert worker.poll() is None, worker.stdout.read()  # type: ignore[union-attr]
+        began = time.monotonic()
+        os.kill(docker_engine.pid(), signal.SIGKILL)
+        output = worker.communicate(timeout=120)[0]
+        (said,) = [line for line in output.splitlines() if line.startswith("raised ")]
+        subprocess.run(os.environ["CHAOS_ENGINE"], shell=True, check=True, capture_output=True)
+        assert not site.result(stage, attempt=2)["cached"]
+        print(f"{stage:<9} {said[:90]}… green {time.monotonic() - began:.0f} s after the kill")
+        assert said.startswith("raised AirflowException: ") and "can be tried again" in said
+    shutil.rmtree(site.root / ".dvc" / "cache")
+    for stage in STAGES:
+        site.local(stage, "unbroken")
+    locks = [(site.workspace(run) / "dvc.lock").read_text() for run in ("r", "unbroken")]
+    assert locks[0] == locks[1]
