@@ -1,12 +1,18 @@
 """The objects of a bucket as one tar: ``python objects.py out >FILE`` and ``python objects.py in <FILE``."""
 
-import io
 import os
 import sys
 import tarfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import boto3
+
+
+class OnlyRead(NamedTuple):
+    """A stream that says that it cannot be sought in: of tarfile's, boto3 would believe that it can."""
+
+    read: Callable[[int], bytes]
 
 
 def out(store: Any, bucket: str) -> int:
@@ -15,10 +21,10 @@ def out(store: Any, bucket: str) -> int:
     with tarfile.open(fileobj=sys.stdout.buffer, mode="w|") as tar:
         for page in store.get_paginator("list_objects_v2").paginate(Bucket=bucket):
             for found in page.get("Contents", []):
-                body = store.get_object(Bucket=bucket, Key=found["Key"])["Body"].read()
+                object_ = store.get_object(Bucket=bucket, Key=found["Key"])
                 member = tarfile.TarInfo(found["Key"])
-                member.size, member.mtime = len(body), int(found["LastModified"].timestamp())
-                tar.addfile(member, io.BytesIO(body))
+                member.size, member.mtime = object_["ContentLength"], int(object_["LastModified"].timestamp())
+                tar.addfile(member, object_["Body"])
                 count += 1
     return count
 
@@ -29,7 +35,7 @@ def back(store: Any, bucket: str) -> int:
     with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as tar:
         for member in tar:
             if body := tar.extractfile(member):
-                store.put_object(Bucket=bucket, Key=member.name, Body=body.read())
+                store.upload_fileobj(OnlyRead(body.read), bucket, member.name)
                 count += 1
     return count
 

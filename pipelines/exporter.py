@@ -83,8 +83,12 @@ class Source:
 
     def families(self) -> Sequence[Metric]:
         """Its facts; none once they are too old."""
-        read = self.read
-        return read.families if read and (not self.error or time.monotonic() - read.monotonic < KEEP_S) else ()
+        return self.read.families if self.read and self.fresh else ()
+
+    @property
+    def fresh(self) -> bool:
+        """Whether what was read may still be shown; not where a look does not come back either."""
+        return self.read is not None and time.monotonic() - self.read.monotonic < KEEP_S
 
     def run(self, stop: Event) -> None:
         """Look until we are told to stop."""
@@ -111,10 +115,15 @@ class Collector:
         yield from self._own()
 
     def _own(self) -> Iterator[Metric]:
-        up = [((source.name,), not source.error) for source in self.sources]
+        up = [((source.name,), not source.error and source.fresh) for source in self.sources]
         read = [((source.name,), source.read.at if source.read else None) for source in self.sources]
         took = [((source.name,), source.seconds) for source in self.sources]
-        yield gauges("exporter_source_up", "1 if the last look at this source succeeded.", ("source",), up)
+        yield gauges(
+            "exporter_source_up",
+            "1 if the last look at this source succeeded, and is not over 5 minutes old.",
+            ("source",),
+            up,
+        )
         yield gauges("exporter_last_read_timestamp_seconds", "When one last succeeded.", ("source",), read)
         yield gauges("exporter_read_duration_seconds", "How long the last look took.", ("source",), took)
         yield gauge("exporter_scrape_duration_seconds", "How long the scrape before this one took.", self.seconds)
@@ -191,7 +200,7 @@ class LandingSource(Source):
 
     def _facts(self) -> Sequence[Metric]:
         if not places.travels():
-            return landed([read_json(index) for index in sorted((places.landing() / "index").glob("*.json"))])
+            return landing_facts([read_json(index) for index in sorted((places.landing() / "index").glob("*.json"))])
         commit = refs.there(refs.SHARED).get(refs.SHARED)
         if self.read and commit == self._commit:
             return self.read.families
@@ -201,12 +210,12 @@ class LandingSource(Source):
                 root = Path(scratch)
                 git(root, "init", "--quiet", "--bare")
                 refs.fetch(root, refs.SHARED)
-                indexes = [json.loads(text) for text in shared.landed(root).values()]
-        self._commit = commit
-        return landed(indexes)
+                indexes = [json.loads(text) for text in shared.landing_indexes(root).values()]
+        found, self._commit = landing_facts(indexes), commit
+        return found
 
 
-def landed(indexes: Sequence[Any]) -> Sequence[Metric]:
+def landing_facts(indexes: Sequence[Any]) -> Sequence[Metric]:
     """How far the landing store goes: up to when each table was asked for, and its newest row before that."""
     until: dict[str, str] = {}
     newest: dict[str, str] = {}

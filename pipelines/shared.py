@@ -46,7 +46,7 @@ def fetched(root: Path) -> Index:
     return Index(git(root, "rev-parse", SHARED), json.loads(git(root, "show", f"{SHARED}:{FILE}")))
 
 
-def landed(root: Path) -> dict[str, str]:
+def landing_indexes(root: Path) -> dict[str, str]:
     """The landing store's own index of each source, by its file's name, where the ref was fetched into ``root``."""
     names = git(root, "ls-tree", "--name-only", SHARED, "landing/").splitlines()
     return {Path(name).name: git(root, "show", f"{SHARED}:{name}") + "\n" for name in names}
@@ -55,10 +55,10 @@ def landed(root: Path) -> dict[str, str]:
 def bring(step: str, root: Path, index: Index, remote: Remote) -> None:
     """Make what the step reads as the index has it."""
     if step == "land":
-        for name, text in landed(root).items() if index.commit else ():
+        for name, text in landing_indexes(root).items() if index.commit else ():
             with whole_file(places.landing() / "index" / name) as part:
                 part.write_text(text, encoding="utf-8")
-        _bring(_objects(_landed()), index, remote)
+        _bring(_objects(_indexes_here()), index, remote)
     elif step == "ingest":
         _bring(_objects([root / "data" / "land" / "manifest.json"]), index, remote)
     else:
@@ -69,11 +69,13 @@ def bring(step: str, root: Path, index: Index, remote: Remote) -> None:
 def send(step: str, root: Path, index: Index, remote: Remote) -> None:
     """Send what the step has written, and what was here before and the index lacks; then move its ref."""
     own, here = _written(step, root)
+    indexes = {f"landing/{path.name}": path for path in (_indexes_here() if step == "land" else ())}
+    if not (own or here or indexes):
+        return
     new = {name: path for name, path in here.items() if name not in index.hashes}
     files = {name: path for name, path in (new | own).items() if path.exists()}
     hashes = {name: md5(path) for name, path in files.items()}
     remote.send_files({found: files[name] for name, found in hashes.items() if index.hashes.get(name) != found})
-    indexes = {f"landing/{path.name}": path for path in (_landed() if step == "land" else ())}
     while True:
         written = {name: hashes.get(name, "") for name in own if name in hashes or name in index.hashes}
         tree = _tree(root, index.commit, hashes | index.hashes | written, indexes)
@@ -89,7 +91,7 @@ def send(step: str, root: Path, index: Index, remote: Remote) -> None:
 def _written(step: str, root: Path) -> tuple[Paths, Paths]:
     """The files that the step writes, be they there or not, and others of its kind that are here."""
     if step == "land":
-        return {}, {name: _path(name) for name in _objects([*_landed(), root / "data/land/manifest.json"])}
+        return {}, {name: _path(name) for name in _objects([*_indexes_here(), root / "data/land/manifest.json"])}
     if step == "score":
         from pipelines import predictions  # pandas: not for every step
 
@@ -116,7 +118,7 @@ def _bring(names: Iterable[str], index: Index, remote: Remote) -> None:
     remote.bring_files(wanted)
 
 
-def _landed() -> list[Path]:
+def _indexes_here() -> list[Path]:
     """The landing store's own indexes, here."""
     return sorted((places.landing() / "index").glob("[!.]*.json"))
 

@@ -133,6 +133,8 @@ def _arrive(step: str, space: Workspace) -> Index:
     if known.get(pin) != space.commit or state not in known:
         shutil.rmtree(root)
         raise TryAgain(f"The workspace {root} was of an earlier life of this run, and is removed. Try again.")
+    for left in (*(root / ".git").rglob("*.lock"), *(root / ".dvc" / "tmp").glob("*.index.lock")):
+        left.unlink()  # of a git that was killed: nobody else works here now
     refs.fetch(root, *known)
     _take(root, state)
     index = shared.fetched(root) if SHARED in known else Index()

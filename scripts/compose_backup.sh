@@ -1,6 +1,7 @@
 #!/bin/sh
 # compose_backup.sh FOLDER COMPOSE…: all that cannot be made again, into a new folder; whole or not there at all.
-# In this order, as each refers to the ones after it: the ledger to versions, versions to artifacts and data.
+# In this order, as each refers to the ones after it: the ledger to versions, versions to artifacts and data, a run's refs
+# to data.
 set -eu
 into=$1
 shift
@@ -13,12 +14,15 @@ for database in ballast mlflow mlflow_auth airflow; do
     "$@" exec -T postgres pg_dump --username=postgres --format=custom "$database" >"$part/$database.dump"
 done
 "$@" run --rm -T --no-deps storage-init python /opt/ballast/deploy/objects.py out >"$part/objects.tar"
-if "$@" config --services | grep -qx s3-data; then # workspaces travel: deploy/travel.yml
-    "$@" run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py out >"$part/data.tar"
-fi
 # All of the volume but what runs can make again: their workspaces and DVC's notes.
 "$@" run --rm -T --no-deps project tar -C /var/lib/ballast --exclude=./runs --exclude=./dvc-site -c . >"$part/var.tar"
+git=$("$@" --profile travel ps --quiet git) # workspaces travel: deploy/travel.yml
+[ -z "$git" ] || { trap 'docker unpause "$git" >/dev/null' EXIT && docker pause "$git" >/dev/null; }
 "$@" run --rm -T --no-deps project tar -C /project -c . >"$part/project.tar"
+if [ -n "$git" ]; then
+    docker unpause "$git" >/dev/null && trap - EXIT
+    "$@" --profile travel run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py out >"$part/data.tar"
+fi
 (cd "$part" && sha256sum -- *.dump *.tar >SHA256SUMS)
 mv "$part" "$into"
 echo "backed up to $into ($(du -sh "$into" | cut -f1)). The secrets are not in it: keep deploy/secrets/stack.env too."

@@ -20,8 +20,8 @@ for database in ballast mlflow mlflow_auth airflow; do
 done
 "$@" run --rm -T --no-deps storage-init python /opt/ballast/deploy/objects.py in <"$from/objects.tar"
 if [ -e "$from/data.tar" ]; then # of workspaces that travel: deploy/travel.yml
-    "$@" run --rm -T s3-data-init
-    "$@" run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py in <"$from/data.tar"
+    "$@" --profile travel run --rm -T s3-data-init
+    "$@" --profile travel run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py in <"$from/data.tar"
 fi
 for pair in var:/var/lib/ballast project:/project; do
     folder=${pair#*:}

@@ -41,7 +41,8 @@ class Stack:
 
     def __init__(self, name: str, folder: Path, ports: int, *more: str, profiles: tuple[str, ...] = (), **env: str):
         self.ports = {port: str(ports + 1000 * at) for at, port in enumerate(NAMES)}
-        self.env = self.ports | {"BALLAST_TAG": os.environ.get("BALLAST_TAG", "test")} | env
+        own = {"BALLAST_TAG": os.environ.get("BALLAST_TAG", "test"), "COMPOSE_WAIT_S": "900"}
+        self.env = self.ports | own | env
         self.env_file = folder / "secrets" / "stack.env"
         make(self.env_file)
         self.secrets = dict(line.split("=", 1) for line in self.env_file.read_text().splitlines())

@@ -85,7 +85,8 @@ class Monitored(Stack):
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     docker_engine.needed()
     folder = tmp_path_factory.mktemp("compose")
-    stack = Monitored("ballast-test", folder, 26000, profiles=("monitoring",), AIRFLOW_METRICS="True")
+    env = {"AIRFLOW_METRICS": "True", "BALLAST_TAG": "test"}  # its upgrade builds images of that tag
+    stack = Monitored("ballast-test", folder, 26000, profiles=("monitoring",), **env)
     stack.run("--profile", "*", "config", "--quiet")
     if not has(stack.image("grafana")):
         print("\nwithout Grafana: there is no image of it here")

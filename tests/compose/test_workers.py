@@ -18,6 +18,7 @@ pytestmark = [
     # What a cut connection leaves is collected in any test.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
+LIST_REFS = ("exec", "-T", "worker", "git", "ls-remote", "git://git/", "refs/ballast/*")
 SCRAPE = "from urllib.request import urlopen as ask; print(ask('http://127.0.0.1:9180/metrics').read().decode())"
 
 
@@ -40,9 +41,9 @@ def runs_on(stack: Stack, worker: int) -> set[str]:
 
 
 def test_workers_share_no_volume_but_that_of_logs(stack: Stack) -> None:
-    volumes = [one["source"] for one in stack.services()["worker"]["volumes"]]
-    assert volumes == ["logs"]
-    assert "s3-data" not in str(stack.services()["mlflow"]["networks"])
+    services = stack.services()
+    assert [one["source"] for one in services["worker"]["volumes"]] == ["logs"]
+    assert "objects" not in services["worker"]["networks"] and "remotes" not in services["mlflow"]["networks"]
 
 
 def test_first_champion_is_made_by_both_workers(stack: Stack) -> None:
@@ -79,11 +80,12 @@ def test_exporter_sees_what_was_landed(stack: Stack) -> None:
 
 
 def test_backup_put_back_has_all_that_a_version_is_made_again_from(stack: Stack, tmp_path: Path) -> None:
-    history = stack.ballast("history")
+    history, refs = stack.ballast("history"), stack.run(*LIST_REFS)
+    assert "refs/ballast/shared/var" in refs
     stack.call("sh", "scripts/compose_backup.sh", str(tmp_path / "backup"), *stack.command)
     stack.remove()
     stack.call("sh", "scripts/compose_restore.sh", str(tmp_path / "backup"), *stack.command)
     stack.start()
     assert not runs_on(stack, 1)
-    assert stack.ballast("history") == history
+    assert (stack.ballast("history"), stack.run(*LIST_REFS)) == (history, refs)
     assert "IDENTICAL" in stack.ballast("reproduce", "1")

@@ -237,13 +237,38 @@ def test_source_that_fails_keeps_its_facts_for_a_while_and_then_has_none(monkeyp
         source.look()
         found = client.scrape()
         assert (found["windows"], found["exporter_source_up thing"]) == (7, 0)
-        monkeypatch.setattr(exporter, "KEEP_S", 0.0)
-        found = client.scrape()
+        with monkeypatch.context() as later:
+            later.setattr(exporter, "KEEP_S", 0.0)
+            found = client.scrape()
         assert "windows" not in found
         assert found["exporter_last_read_timestamp_seconds thing"] == pytest.approx(time.time(), abs=60)
         away = False
         source.look()
         assert client.scrape()["windows"] == 7
+
+
+def test_source_whose_look_does_not_come_back_has_no_facts_after_a_while(monkeypatch):
+    begun, end = Event(), Event()
+
+    def look() -> list[Any]:
+        if source.read:
+            begun.set()
+            end.wait()
+        return [facts.gauge("windows", "For the test.", 7)]
+
+    source = exporter.Source("thing", look, 3600)
+    source.look()
+    hanging = Thread(target=source.look)
+    hanging.start()
+    with of(source) as client:
+        assert begun.wait(20)
+        found = client.scrape()
+        assert (found["windows"], found["exporter_source_up thing"]) == (7, 1)
+        monkeypatch.setattr(exporter, "KEEP_S", 0.0)
+        found = client.scrape()
+        assert ("windows" in found, found["exporter_source_up thing"]) == (False, 0)
+    end.set()
+    hanging.join()
 
 
 def test_source_that_breaks_leaves_the_others_up():

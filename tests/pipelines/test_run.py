@@ -236,6 +236,7 @@ def test_run_writes_its_entry_of_the_run_cache_while_no_other_reads_there(projec
         assert any("begins" in line for line in run.stdout)
         with run_cache_alone(str(cache / "runs")):
             while not any((cache / "files").rglob("*")):
+                assert run.poll() is None
                 time.sleep(0.05)
             with pytest.raises(subprocess.TimeoutExpired):
                 run.wait(1)

@@ -408,6 +408,18 @@ def test_step_that_two_machines_do_at_once_moves_the_run_on_once(site: Site, mon
     assert "validate" in yaml.safe_load(one.left("r1", "dvc.lock")["dvc.lock"])["stages"]
 
 
+def test_step_after_one_that_was_killed_within_git_goes_on(site: Site) -> None:
+    machine = site.machine("a")
+    machine.run("settle")
+    machine.run("land")
+    space = machine.space()
+    for lock in (".git/index.lock", ".git/refs/ballast/states/d/r1.lock", ".dvc/tmp/index.index.lock"):
+        assert (space / lock).parent.is_dir()
+        (space / lock).touch()
+    machine.run("ingest")
+    assert not list((space / ".git").rglob("*.lock"))
+
+
 def test_runs_at_once_on_machines_with_a_cache_each_all_end_well(site: Site) -> None:
     machines = [site.machine("a"), site.machine("b")]
 
