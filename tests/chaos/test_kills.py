@@ -55,6 +55,7 @@ def test_round_of_kills_loses_nothing(
 
 def judged(topology: Topology, before: dict[str, object], played: Round, reference: Reference) -> list[str]:
     """What is wrong after a round: one version, one promotion and one window more, and nothing else."""
+    topology.wait()  # what was killed last may not be back yet
     after = found(topology)
     version = str(after["champion"])
     problems = [*after["problems"], *residue(topology), *locks(topology, played.name, STAGES)]
