@@ -34,10 +34,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         stack.remove()
 
 
-def runs_on(stack: Stack, worker: int) -> set[str]:
-    """The DAGs of whose runs this worker has a workspace."""
+def runs_on(stack: Stack, *worker: str) -> set[str]:
+    """The DAGs of whose runs a worker has a workspace: the one named by ``--index=…``, or the only one."""
     look = ["sh", "-c", "cd /var/lib/ballast && ls runs 2>/dev/null || true"]
-    return set(stack.run("exec", "-T", f"--index={worker}", "worker", *look).split())
+    return set(stack.run("exec", "-T", *worker, "worker", *look).split())
 
 
 def test_workers_share_no_volume_but_that_of_logs(stack: Stack) -> None:
@@ -52,18 +52,18 @@ def test_first_champion_is_made_by_both_workers(stack: Stack) -> None:
     run = airflow.trigger("retrain_scheduled", "turn", {"as_of": "2013-04-01"})
     stack.ended(run.dag_id, run.run_id)
     until("the first champion", lambda: "champion   v1" in stack.status())
-    assert [run.dag_id in runs_on(stack, worker) for worker in (1, 2)] == [True, True]
+    assert [run.dag_id in runs_on(stack, f"--index={worker}") for worker in (1, 2)] == [True, True]
 
 
 def test_worker_that_has_nothing_goes_on(stack: Stack) -> None:
     stack.start("--scale=worker=1", "--force-recreate", "--no-deps", "worker")
-    assert not runs_on(stack, 1)
+    assert not runs_on(stack)
     airflow = stack.airflow()
     airflow.set_paused("monitor", False)
     run = airflow.trigger("monitor", "april", {"as_of": "2013-05-01"})
     stack.ended(run.dag_id, run.run_id)
     assert airflow.result(run, "score")["version"] == 1
-    assert runs_on(stack, 1) == {"monitor"}
+    assert runs_on(stack) == {"monitor"}
 
 
 def test_exporter_sees_what_was_landed(stack: Stack) -> None:
@@ -86,6 +86,6 @@ def test_backup_put_back_has_all_that_a_version_is_made_again_from(stack: Stack,
     stack.remove()
     stack.call("sh", "scripts/compose_restore.sh", str(tmp_path / "backup"), *stack.command)
     stack.start()
-    assert not runs_on(stack, 1)
+    assert not runs_on(stack)
     assert (stack.ballast("history"), stack.run(*LIST_REFS)) == (history, refs)
     assert "IDENTICAL" in stack.ballast("reproduce", "1")
