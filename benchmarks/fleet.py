@@ -32,10 +32,19 @@ STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
 RUNS = """
 import json, sys, time
 from pipelines import embedded
+from pipelines.errors import TryAgain
 airflow, dag, at_once, days = embedded.airflow(120), sys.argv[1], sys.argv[2] == "at once", sys.argv[3:]
-began, runs = time.time(), []
+began, runs, unanswered = time.time(), [], []
+
+def trigger(run, day):
+    while True:
+        try:
+            return airflow.trigger(dag, run, {"as_of": day, "reason": "benchmark"})
+        except TryAgain:  # now and then Airflow takes a request and does not answer
+            unanswered.append(run)
+
 for number, day in enumerate(days):
-    runs.append(airflow.trigger(dag, f"fleet-{number}", {"as_of": day, "reason": "benchmark"}))
+    runs.append(trigger(f"fleet-{number}", day))
     while not at_once and not (run := airflow.run(runs[-1].dag_id, runs[-1].run_id)).over:
         time.sleep(0.1)
 found = []
@@ -44,7 +53,7 @@ for run in runs:
         time.sleep(0.1)
     tasks = {task.task_id: task.seconds for task in airflow.tasks(now) if task.seconds}
     found.append({"state": now.state, "seconds": (now.ended - now.started).total_seconds(), "tasks": tasks})
-print(json.dumps({"seconds": time.time() - began, "runs": found}))
+print(json.dumps({"seconds": time.time() - began, "runs": found, "unanswered": len(unanswered)}))
 """
 
 
@@ -54,6 +63,8 @@ class Leg:
 
     seconds: float
     runs: list[dict[str, Any]]
+    unanswered: int
+    """How often Airflow took a request for a run and said nothing for 20 s."""
 
     @property
     def failed(self) -> list[str]:
@@ -124,7 +135,8 @@ def main() -> None:
         once = airflow(root / "once", "at once", days, options.slots)
     ratio = once.seconds / turn.seconds
     print(f"{count} retrainings at once    {once.seconds:6.1f} s   {ratio:.2f} times the time in turn")
-    print(f"failed: {len(turn.failed)} in turn, {len(once.failed)} at once\n")
+    print(f"failed: {len(turn.failed)} in turn, {len(once.failed)} at once")
+    print(f"unanswered triggers, given again: {turn.unanswered} in turn, {once.unanswered} at once\n")
     stages, tasks = turn.mean(*STAGES), turn.mean(*{task for run in turn.runs for task in run["tasks"]})
     whole = turn.seconds / count
     print("one retraining in turn, beside one dvc repro")
