@@ -102,7 +102,8 @@ class StageContainer(DockerOperator):
     def on_kill(self) -> None:
         """Have the container end, also one that is only about to start."""
         self._asked_to_end = True
-        super().on_kill()
+        with suppress(NotFound):  # it has ended meanwhile, and was removed
+            super().on_kill()
 
     @cached_property
     def cli(self) -> APIClient:

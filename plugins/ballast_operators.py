@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.hitl import HITLOperator
@@ -123,7 +124,13 @@ class StepOperator(BaseOperator, BranchMixIn):
         return self.result
 
     def on_kill(self) -> None:
-        """Pass SIGTERM on: the step has until Airflow's own kill to write its checkpoint."""
+        """Pass SIGTERM on: the step has until Airflow's own kill to write its checkpoint.
+
+        By a thread: the signal may have come while this one held the log's lock, and ending a container is logged.
+        """
+        Thread(target=self._pass_on).start()
+
+    def _pass_on(self) -> None:
         if self.container:
             self.container.on_kill()
         self._terminate()

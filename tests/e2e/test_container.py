@@ -67,6 +67,8 @@ def writable(place):
 what = sys.argv[1]
 if what == "sleep":
     time.sleep(300)
+while what == "speak":
+    print("and on it goes", flush=True)
 if what == "memory":
     kept = [bytearray(1 << 20) for _ in range(1 << 12)]
 if what.isdigit():
@@ -253,6 +255,17 @@ def test_container_exit_code_says_whether_to_try_again(site: Site, does: str, sa
 def test_container_at_the_task_s_timeout_is_asked_to_end(site: Site) -> None:
     site.probe("sleep")
     assert "raised AirflowTaskTimeout" in site.run("validate", TIMEOUT_S="25")
+    assert (site.workspace() / "data" / "validate" / "asked").exists()
+
+
+def test_container_that_speaks_without_pause_is_asked_to_end(site: Site) -> None:
+    """The signal may come while the worker holds the lock of its log."""
+    site.probe("speak")
+    for attempt in range(1, 6):
+        worker = site.start("validate", attempt=attempt)
+        read_until(worker, "and on it goes")
+        worker.send_signal(signal.SIGTERM)
+        assert "validate was killed (exit 143)" in worker.communicate(timeout=60)[0]
     assert (site.workspace() / "data" / "validate" / "asked").exists()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
@@ -343,3 +345,38 @@ def test_links_lead_to_the_page_in_mlflow_only_once_it_is_there(monkeypatch: pyt
     assert report.get_link(step, ti_key=key) == ""
     monkeypatch.setenv("BALLAST_MLFLOW_URL", "https://mlflow.example.com")  # where people find it, not the tasks
     assert mlflow.get_link(step, ti_key=key) == "https://mlflow.example.com/#/models/flights/versions/3"
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, "plugins")
+from ballast_operators import StepOperator
+
+class Container:
+    def on_kill(self):
+        operator.log.info("Stopping docker container")
+        os.write(2, b"asked to end")
+
+class Written:
+    "Where the log goes: whoever writes here holds its lock."
+    signalled = False
+    def write(self, text):
+        if not Written.signalled:
+            Written.signalled = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return len(text)
+    def flush(self):
+        pass
+
+operator = StepOperator(step="train")
+operator.container = Container()
+signal.signal(signal.SIGTERM, lambda *_: operator.on_kill())
+sys.stdout = Written()
+operator.log.info("a line")
+"""
+
+
+def test_on_kill_while_a_line_is_being_logged_asks_the_container_to_end() -> None:
+    command, env = [sys.executable, "-c", SIGNALLED], {**os.environ, "AIRFLOW__LOGGING__LOGGING_LEVEL": "INFO"}
+    done = subprocess.run(command, cwd=DAGS.parent, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert "asked to end" in done.stderr, done.stderr
