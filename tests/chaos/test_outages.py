@@ -34,11 +34,17 @@ def stack() -> Iterator[Topology]:
 
 
 class WithoutStore(Round):
-    """A round in some of whose steps the S3 store goes away for a minute."""
+    """A round in some of whose steps the S3 store goes away for a minute, or for one more where it is away already."""
+
+    back: Timer | None = None
 
     def _kill(self, component: str, dag: str, step: str, runner: object, typical: float) -> None:
-        self.topology.s3.stop()
-        Timer(AWAY_S, self._back).start()
+        if self.back and self.back.is_alive():
+            self.back.cancel()
+        else:
+            self.topology.s3.stop()
+        self.back = Timer(AWAY_S, self._back)
+        self.back.start()
         cell = Cell("S3 away for a minute", dag, step, 0.0, hit=True)
         self.cells.append(cell)
         self._open = cell, time.monotonic()
@@ -55,6 +61,8 @@ def test_store_away_for_a_minute_is_waited_for(stack: Topology) -> None:
         played.play({})
     finally:
         LINES.extend(cell.row() for cell in played.cells)
+        if played.back:
+            played.back.join()
     assert len(played.cells) == len(STEPS)
     assert all(cell.ended in ("went on", "tried again") for cell in played.cells), "no run failed"
     after = found(stack)
