@@ -69,6 +69,7 @@ if what == "sleep":
     time.sleep(300)
 while what == "speak":
     print("and on it goes", flush=True)
+    time.sleep(0.001)
 if what == "memory":
     kept = [bytearray(1 << 20) for _ in range(1 << 12)]
 if what.isdigit():
