@@ -70,7 +70,8 @@ def test_store_away_for_a_minute_is_waited_for(stack: Topology) -> None:
 
 
 def test_two_retrainings_and_a_monitor_at_once_end_well_with_one_champion(stack: Topology) -> None:
-    client, before = stack.airflow, found(stack)
+    client, before, every = stack.airflow, found(stack), ("queued", "running", *ENDED)
+    promotions = len(client.runs(every, "promote"))
     rounds = [Round(stack, number, [None] * len(PLACES), random.Random(1)) for number in (1, 2)]
     for one in rounds:
         one._trigger("retrain_on_alert")
@@ -84,8 +85,9 @@ def test_two_retrainings_and_a_monitor_at_once_end_well_with_one_champion(stack:
     assert until("the end of all three", ended, 1200, 2) == ["success"] * 3
 
     def promoted() -> list[str]:
-        all_of = client.runs(("queued", "running", *ENDED), "promote", limit=20)
-        return [run.state for run in all_of] if all(run.over for run in all_of) else []
+        all_of = client.runs(every, "promote")
+        both = len(all_of) == promotions + 2
+        return [run.state for run in all_of] if both and all(run.over for run in all_of) else []
 
     states = until("the end of the promotions", promoted, 600, 2)
     after = found(stack)
