@@ -17,10 +17,10 @@ done
 # All of the volume but what runs can make again: their workspaces and DVC's notes.
 "$@" run --rm -T --no-deps project tar -C /var/lib/ballast --exclude=./runs --exclude=./dvc-site -c . >"$part/var.tar"
 git=$("$@" --profile travel ps --quiet git) # workspaces travel: deploy/travel.yml
-[ -z "$git" ] || { trap 'docker unpause "$git" >/dev/null' EXIT && docker pause "$git" >/dev/null; }
+[ -z "$git" ] || { trap '"$@" --profile travel unpause git' EXIT && "$@" --profile travel pause git; }
 "$@" run --rm -T --no-deps project tar -C /project -c . >"$part/project.tar"
 if [ -n "$git" ]; then
-    docker unpause "$git" >/dev/null && trap - EXIT
+    "$@" --profile travel unpause git && trap - EXIT
     "$@" --profile travel run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py out >"$part/data.tar"
 fi
 (cd "$part" && sha256sum -- *.dump *.tar >SHA256SUMS)

@@ -11,10 +11,11 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipelines.dagruns import ENDED
+from tests.waiting import until
 
 from .conftest import LINES, needed
 from .rounds import PLACES, Cell, Round, found, residue
-from .topology import Topology, until
+from .topology import Topology
 
 pytestmark = pytest.mark.chaos
 AWAY_S = 60.0

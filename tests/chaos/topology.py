@@ -15,10 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from base64 import urlsafe_b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from pipelines.files import write_json
 from pipelines.stack import POOLS
 from tests.e2e.conftest import clean_environment, own_project
 from tests.pipelines.postgresql import BIN
+from tests.waiting import until
 
 MARK = "BALLAST_CHAOS"
 RESTART_S = 1.0  # until what has died is started again, as `restart: unless-stopped` does
@@ -376,12 +376,3 @@ def answers(url: str) -> bool:
             return True
     except OSError:
         return False
-
-
-def until(what: str, found: Callable[[], T], within_s: float = READY_S, every_s: float = 0.5) -> T:
-    """What ``found`` gives once that is something; an AssertionError after so long."""
-    deadline = time.monotonic() + within_s
-    while not (value := found()):
-        assert time.monotonic() < deadline, f"{what} did not come within {within_s:.0f} s"
-        time.sleep(every_s)
-    return value

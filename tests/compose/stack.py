@@ -6,27 +6,17 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipelines.dagruns import Airflow
+from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_secrets import make  # noqa: E402
 
 NAMES = ("AIRFLOW_PORT", "MLFLOW_PORT", "GRAFANA_PORT")
-
-
-def until(what: str, look: Callable[[], Any], within_s: float = 120) -> Any:
-    """What ``look`` finds once it finds something."""
-    deadline = time.monotonic() + within_s
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(2)
-    return found
 
 
 def call(*command: str, cwd: Path = ROOT, **env: str) -> str:

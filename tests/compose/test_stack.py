@@ -23,7 +23,8 @@ import yaml
 
 from pipelines.dagruns import Refused
 from tests import docker_engine
-from tests.compose.stack import ROOT, Stack, until
+from tests.compose.stack import ROOT, Stack
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.compose,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests import docker_engine
-from tests.compose.stack import Stack, until
+from tests.compose.stack import Stack
+from tests.waiting import until
 
 pytestmark = [
     pytest.mark.compose,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import pytest
 import yaml
 
 from benchmarks.bridge import free_port
+from tests.waiting import until
 
 from .conftest import PROJECT, clean_environment, own_project
 
@@ -41,15 +42,6 @@ import json, sys
 from pipelines import embedded
 client = embedded.airflow(30)
 """
-
-
-def until(what: str, look: Callable[[], Any], within_s: float = 120, every_s: float = 0.2) -> Any:
-    """What ``look`` finds once it finds something."""
-    deadline = time.monotonic() + within_s
-    while not (found := look()):
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(every_s)
-    return found
 
 
 class Site:

@@ -21,7 +21,8 @@ import pytest
 import yaml
 
 from tests import docker_engine
-from tests.compose.stack import Stack, until
+from tests.compose.stack import Stack
+from tests.waiting import until
 
 from .conftest import clean_environment, own_project
 
@@ -325,6 +326,7 @@ def test_engine_killed_in_each_stage_is_tried_again_to_the_same_lock(site: Site)
         worker = site.start(stage)
         while not site.containers(f"ballast.task={stage}"):
             assert worker.poll() is None, worker.stdout.read()  # type: ignore[union-attr]
+            time.sleep(0.2)
         began = time.monotonic()
         os.kill(docker_engine.pid(), signal.SIGKILL)
         output = worker.communicate(timeout=120)[0]
