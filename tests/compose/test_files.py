@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 PUBLISHED = {"api-server", "mlflow", "grafana"}
-ONCE = {"airflow-init", "project", "storage-init", "mlflow-init", "bridge-init", "s3-data-init"}
+ONCE = {"airflow-init", "project", "storage-init", "mlflow-migrate", "mlflow-init", "bridge-init", "s3-data-init"}
 sys.path.insert(0, str(ROOT / "scripts"))
 from make_secrets import SECRETS, make  # noqa: E402
 
