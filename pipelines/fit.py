@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -304,12 +307,28 @@ def _compiled(
     loss: Callable[[Tensor, Tensor], Tensor], wanted: Literal["auto"] | bool, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """On a GPU as CUDA graphs, where launching kernels one by one would take longer than they do."""
-    if wanted is False or (wanted == "auto" and device.type == "cpu"):
+    if wanted is False or (wanted == "auto" and not _can_compile(device)):
         return loss
     torch._dynamo.reset()  # it compiles one function for eight networks at most, then silently none
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, mode=mode, dynamic=False)
     return compiled
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Whether it is a GPU, and there is what Triton builds its launcher with (triton/runtime/build.py)."""
+    if device.type == "cpu":
+        return False
+    named = os.environ.get("CC")
+    compiler = shutil.which(named) if named is not None else shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if compiler and header.exists():
+        return True
+    lacking = header if compiler else "C compiler (gcc, clang, or what CC names)"
+    print(
+        f"tabm      trains uncompiled, which takes longer: there is no {lacking}, which torch.compile needs", flush=True
+    )
+    return False
 
 
 def _order(rows: int, seed: int, epoch: int, device: torch.device) -> Tensor:

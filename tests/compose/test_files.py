@@ -107,3 +107,8 @@ def test_git_ignores_secrets_backups_and_bundle() -> None:
     paths = ["deploy/secrets/stack.env", "backups/x/airflow.dump", "deploy/project.bundle"]
     done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split() == paths
+
+
+def test_workers_may_load_what_was_compiled_and_nobody_else() -> None:
+    ours = {name: service["tmpfs"] for name, service in SERVICES.items() if service["image"].startswith("ballast-")}
+    assert {name for name, (tmp,) in ours.items() if "exec" in tmp} == {"worker", "worker-gpu"}

@@ -482,6 +482,45 @@ def test_train_auto_without_gpu_says_cpu_and_writes_the_same(
     assert digest == run(data, tmp_path / "cpu", candidates=["tabm"], device="cpu")["digest"]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "tools", "cc", "compiled"),
+    [
+        ("auto", ["gcc", "Python.h"], None, True),
+        ("auto", ["clang", "Python.h"], None, True),
+        ("auto", ["mycc", "Python.h"], "mycc", True),
+        ("auto", ["gcc", "Python.h"], "mycc", False),
+        ("auto", ["gcc"], None, False),
+        ("auto", ["Python.h"], None, False),
+        (True, [], None, True),
+        (False, ["gcc", "Python.h"], None, False),
+    ],
+)
+def test_compile_auto_on_a_gpu_asks_for_what_triton_builds_with(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wanted: Any,
+    tools: list[str],
+    cc: str | None,
+    compiled: bool,
+) -> None:
+    for tool in tools:
+        (tmp_path / tool).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", cc) if cc else monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    monkeypatch.setattr(torch, "compile", lambda loss, mode, dynamic: f"compiled, {mode}")
+    found = fit._compiled(loss := lambda x, y: x, wanted, torch.device("cuda"))
+    assert found == ("compiled, reduce-overhead" if compiled else loss)
+    said = capsys.readouterr().out
+    assert ("trains uncompiled, which takes longer: there is no" in said) == (wanted == "auto" and not compiled)
+
+
+def test_compile_auto_on_a_cpu_is_off_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit._compiled(loss := lambda x, y: x, "auto", torch.device("cpu")) is loss
+    assert capsys.readouterr().out == ""
+
+
 def test_train_written_model_that_predicts_otherwise_is_an_error(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
