@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")
 STEPS = ("settle", "admit", "register", "decide", "review", "answer", "promote", "rollback", "score", "drift", "policy")
 RESULT = "ballast-result "
+CONNECTION = "ballast-connection "
 # bash, as it makes way for a single command: the kernel's signal at our death then reaches it. Not its rc file, which
 # it reads where stdin is a socket: that may put another python first on the PATH.
 SHELL = ("bash", "--norc", "-c")
@@ -237,11 +239,25 @@ def environment(dag_id: str, run_id: str) -> dict[str, str]:
     }
 
 
+def _connection(root: Path) -> dict[str, str]:
+    """The connection of Airflow that the source's options name, from whoever runs us: a line out, a line back."""
+    import yaml
+
+    with suppress(LookupError, TypeError, yaml.YAMLError):  # `land` says what is wrong with it
+        name = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["land"]["options"]["connection"]
+        if re.fullmatch(r"\w+", name):
+            print(CONNECTION + name, flush=True)
+            found = sys.stdin.readline().strip()
+            return {f"AIRFLOW_CONN_{name.upper()}": found} if found else {}
+    return {}
+
+
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="python -m pipelines.run", description=__doc__)
     parser.add_argument("step", choices=(*STAGES, *STEPS))
     parser.add_argument("--dag-id", required=True)
     parser.add_argument("--run-id", required=True)
+    parser.add_argument("--ask-connection", action="store_true", help="of the source; the answer comes by stdin")
     parser.add_argument("--as-of", help="a date; without one the clock is asked")
     parser.add_argument("--train-days", help="`prepare.train_days` of this run: a number, or all; else as committed")
     return parser.parse_known_args()
@@ -266,6 +282,8 @@ def main() -> None:
         workspace = travel.ensure(options.dag_id, options.run_id, _date(options.as_of), train_days=options.train_days)
         env = environment(options.dag_id, options.run_id)
         env["BALLAST_LINKS"] = str(workspace.root / ".dvc" / "tmp" / "links" / f"{options.step}.json")
+        if options.ask_connection:
+            env |= _connection(workspace.root)
         result = run(options.step, workspace, arguments, env)
     print("\n" + RESULT + json.dumps(result), flush=True)
 

@@ -19,8 +19,13 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.standard.operators.hitl import HITLOperator
-from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, BranchMixIn, Context
-from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException
+from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, BranchMixIn, Connection, Context
+from airflow.sdk.exceptions import (
+    AirflowException,
+    AirflowFailException,
+    AirflowNotFoundException,
+    AirflowRescheduleException,
+)
 
 from ballast_calendar import interval_before
 
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parent.parent
 RESULT = "ballast-result "
 COMMAND = "ballast-command "
+CONNECTION = "ballast-connection "
 STAGES = ("land", "ingest", "validate", "prepare", "train", "evaluate")  # what may run in a container
 EXIT_DATA_REJECTED = 65
 EXIT_TRY_AGAIN = 75
@@ -75,7 +81,8 @@ class StepOperator(BaseOperator, BranchMixIn):
     With ``branches`` the step's verdict chooses the task that follows. With ``ask_again`` the verdict ``wait`` has the
     step run again after so long, which holds no slot meanwhile and is no retry. A rejection of the data (exit 65) and a
     bug fail at once; a server that is away (75) and a killed step are tried again. Where ``BALLAST_STAGE_RUNNER`` is
-    ``container``, the step of a DVC stage asks for a container for the stage's command.
+    ``container``, the step of a DVC stage asks for a container for the stage's command. `land` asks for the connection
+    that its source names, and has it in its environment.
     """
 
     template_fields = ("step",)
@@ -100,6 +107,7 @@ class StepOperator(BaseOperator, BranchMixIn):
         self.result: dict[str, Any] = {}
         self.process: subprocess.Popen[str] | None = None
         self.container: StageContainer | None = None
+        self.connection: dict[str, str] = {}
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Run the step; return its result: names, hashes, versions and verdicts, never rows."""
@@ -142,6 +150,7 @@ class StepOperator(BaseOperator, BranchMixIn):
     def _command(self, context: Context, arguments: Sequence[str]) -> list[str]:
         run = context["dag_run"]
         command = [sys.executable, "-m", "pipelines.run", self.step, "--dag-id", run.dag_id, "--run-id", run.run_id]
+        command += ["--ask-connection"] if self.step == "land" else []
         as_of = as_of_date(context)
         return [*command, *(["--as-of", as_of] if as_of else []), *train_days(context), *arguments]
 
@@ -151,14 +160,16 @@ class StepOperator(BaseOperator, BranchMixIn):
     def _stream(self, command: list[str], env: dict[str, str]) -> tuple[int, list[str]]:
         """Run a command in its own process group, its output line by line in the task's log."""
         last: deque[str] = deque(maxlen=LAST_LINES)
-        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        output["stdin"] = subprocess.PIPE if self.container else None
+        output: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         text: dict[str, Any] = {"text": True, "errors": "replace"}
         with subprocess.Popen(command, cwd=PROJECT, env=env, start_new_session=True, **output, **text) as self.process:
             try:
                 for line in self.process.stdout or ():
                     if self.container and line.startswith(COMMAND):
                         last.extend(self._contain(self.container, json.loads(line.removeprefix(COMMAND))))
+                        continue
+                    if self.step == "land" and line.startswith(CONNECTION):
+                        self._answer(self._find(line.removeprefix(CONNECTION).strip()))
                         continue
                     last.append(line.rstrip("\n"))
                     if not line.startswith(RESULT):
@@ -170,10 +181,22 @@ class StepOperator(BaseOperator, BranchMixIn):
 
     def _contain(self, container: StageContainer, request: Mapping[str, Any]) -> list[str]:
         """Run what the step asks for in a container and tell it the exit code; return what a failure said."""
-        code, said = container.run(request)
-        with suppress(BrokenPipeError):  # the step was killed: its own exit code says so
-            os.write(self.process.stdin.fileno(), f"{code}\n".encode())  # type: ignore[union-attr]
+        code, said = container.run({**request, "env": {**request["env"], **self.connection}})
+        self._answer(str(code))
         return said
+
+    def _find(self, conn_id: str) -> str:
+        """A connection as JSON, wherever Airflow has it: its environment, a secrets backend or its database."""
+        try:
+            found = Connection.get(conn_id).as_json()
+        except AirflowNotFoundException:
+            return ""
+        self.connection = {f"AIRFLOW_CONN_{conn_id.upper()}": found}
+        return str(found)
+
+    def _answer(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # the step was killed: its own exit code says so
+            os.write(self.process.stdin.fileno(), f"{line}\n".encode())  # type: ignore[union-attr]
 
     def _fail(self, code: int, lines: list[str]) -> None:
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -14,7 +14,10 @@ time, always. In CSV an empty field is null.
 
 What it takes to get in comes from the environment, in the ways of those who read it: AWS's own variables for S3
 (``AWS_ACCESS_KEY_ID``, ``AWS_PROFILE``, ``AWS_ENDPOINT_URL_S3``, ...), ``~/.netrc`` for a web server, and fsspec's for
-both, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "Bearer ..."}}'`` and ``FSSPEC_S3_ANON=true``.
+both, such as ``FSSPEC_HTTP='{"headers": {"Authorization": "Bearer ..."}}'`` and ``FSSPEC_S3_ANON=true``. Or from a
+connection of Airflow, ``connection: lake`` (outside of Airflow ``AIRFLOW_CONN_LAKE``, in JSON). One with a host is for
+that web server alone: its login, and as ``extra`` headers. One without is for S3: the two keys as login and password,
+and as ``extra`` ``endpoint_url``, ``region_name`` and ``aws_session_token``.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
-from aiohttp import ClientResponseError, ClientTimeout
+from aiohttp import ClientResponseError, ClientTimeout, encode_basic_auth
 from botocore.exceptions import BotoCoreError
 from pydantic import model_validator
 
@@ -62,6 +65,7 @@ Where = str | Dated
 class Options(Params, extra="allow"):
     """The URLs of each table, by the table's name."""
 
+    connection: _secrets.ConnectionId | None = None
     __pydantic_extra__: dict[str, Where | list[Where]]
 
     @model_validator(mode="after")
@@ -84,6 +88,10 @@ class Adapter:
 
     def __init__(self, options: Options) -> None:
         self._by_table = options.by_table
+        login = _secrets.connection(options.connection) if options.connection else {}
+        self._host = _host(login)
+        self._keys = {} if self._host else _keys(login)
+        self._headers = _headers(login) if self._host else {}
 
     def pieces(self, table: str, until: date) -> dict[str, str]:
         """Every file that is there now; DataRejected if there is none for one of the table's URLs."""
@@ -113,16 +121,58 @@ class Adapter:
         return found
 
     def _system(self, url: str) -> Any:
-        return self._s3 if url.startswith("s3:") else self._http
+        if url.startswith("s3:"):
+            return self._s3
+        return self._http_of_login if urlsplit(url).hostname == self._host else self._http
 
     @cached_property
     def _s3(self) -> Any:
-        return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+        return fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, **self._keys)
 
     @cached_property
     def _http(self) -> Any:
-        client = {"trust_env": True, "timeout": TIMEOUT}  # proxies, and .netrc
-        return fsspec.filesystem("http", skip_instance_cache=True, client_kwargs=client)
+        return _web({})
+
+    @cached_property
+    def _http_of_login(self) -> Any:
+        return _web(self._headers)
+
+
+def _web(headers: dict[str, str]) -> Any:
+    client = {"trust_env": True, "timeout": TIMEOUT, "headers": headers}  # the environment's: proxies, and .netrc
+    return fsspec.filesystem("http", skip_instance_cache=True, client_kwargs=client)
+
+
+def _host(login: dict[str, Any]) -> str | None:
+    """The web server that a connection is for."""
+    host = login.get("host") or ""
+    return urlsplit(host if "://" in host else f"//{host}").hostname
+
+
+def _headers(login: dict[str, Any]) -> dict[str, str]:
+    """What the web server is told with each request. No ``auth``: aiohttp tells that to whom a redirect leads, too."""
+    if not login.get("login"):
+        return dict(login["extra"])
+    return {"Authorization": encode_basic_auth(login["login"], login.get("password") or ""), **login["extra"]}
+
+
+def _keys(login: dict[str, Any]) -> dict[str, Any]:
+    """What s3fs takes of a connection; what it does not take and would have to is refused."""
+    extra = dict(login.get("extra", {}))
+    region = extra.pop("region_name", None)
+    taken = {
+        "key": login.get("login"),
+        "secret": login.get("password"),
+        "token": extra.pop("aws_session_token", None),
+        "endpoint_url": extra.pop("endpoint_url", None),
+        "client_kwargs": {"region_name": region} if region else None,
+    }
+    if extra:
+        raise ParamsError(
+            "`land.options.connection`: for S3 the extra of a connection may hold endpoint_url, region_name and "
+            f"aws_session_token (found {', '.join(extra)}). A role comes by AWS's own variables."
+        )
+    return {name: value for name, value in taken.items() if value}
 
 
 def _check(name: str, where: Where) -> None:

@@ -11,8 +11,9 @@
         shops: {query: SELECT shop, city FROM shops}
 
 The URL comes from the environment variable ``BALLAST_SOURCE_URL``, or from the one that ``url_from`` names, as there
-may be a password in it. ``url_from: AIRFLOW_CONN_WAREHOUSE`` reads a connection as Airflow writes it, a URI or JSON. A
-URL without a password may stand in ``url``. A relative path of SQLite starts in ``BALLAST_SOURCE``.
+may be a password in it. ``connection: warehouse`` takes Airflow's connection of that id, which outside of Airflow is
+the environment variable ``AIRFLOW_CONN_WAREHOUSE``, a URI or JSON. A URL without a password may stand in ``url``. A
+relative path of SQLite starts in ``BALLAST_SOURCE``.
 
 A piece is a window, its bounds bound to ``:start`` and ``:end``; a query without them is one piece. ``revision`` is
 what changes when a window's rows do; without one, a window is read at every landing until it has settled. Windows begin
@@ -77,6 +78,7 @@ class Query(Params):
 class Options(Params):
     """Where the database is, and what to ask it."""
 
+    connection: _secrets.ConnectionId | None = None
     url_from: str = "BALLAST_SOURCE_URL"
     url: str | None = None
     zone: ZoneInfo = ZoneInfo("UTC")
@@ -84,6 +86,11 @@ class Options(Params):
     window: Literal["day", "month"] = "month"
     settled_days: int | None = Field(None, ge=0)
     tables: dict[str, Query] = Field(min_length=1)
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that has the URL."""
+        return _secrets.variable(self.connection) if self.connection else self.url_from
 
     @model_validator(mode="after")
     def _bounded(self) -> Options:
@@ -214,7 +221,7 @@ class Adapter:
         if isinstance(error, ProgrammingError) or state.startswith(WRONG_QUERY) or lite in WRONG_QUERY_SQLITE:
             return ParamsError(f"{where}: {self._place} does not take the query: {said}. Correct it.")
         if isinstance(error, OperationalError | InterfaceError) or state.startswith(AWAY):
-            from_where = "`land.options.url`" if self._options.url else self._options.url_from
+            from_where = "`land.options.url`" if self._options.url else self._options.variable
             return TryAgain(f"{self._place} cannot be reached: {said}. Check that it is up, and {from_where}.")
         return DataRejected(f"{where}: {self._place} cannot give the rows: {said}. Correct the data, or the query.")
 
@@ -239,9 +246,10 @@ def _url(options: Options) -> URL:
     """The URL of the database, from params.yaml or from the environment; the error for a wrong one does not show it."""
     where, found = "`land.options.url`", options.url
     if not found:
-        where, found = f"the environment variable {options.url_from}", os.environ.get(options.url_from)
+        where, found = f"the environment variable {options.variable}", os.environ.get(options.variable)
     if not found:
-        raise ParamsError(f"Where is the database? Set {where} (found none) to its SQLAlchemy URL.")
+        made = f", or make the connection `{options.connection}` in Airflow" if options.connection else ""
+        raise ParamsError(f"Where is the database? Set {where} (found none) to its SQLAlchemy URL{made}.")
     try:
         url = _of_json(json.loads(found)) if found.lstrip().startswith("{") else make_url(found)
         if "__extra__" in url.query:  # how Airflow writes in a URI what no other part can hold

@@ -103,8 +103,15 @@ def test_make_secrets_are_the_owner_s_alone_and_stay(tmp_path: Path) -> None:
     assert file.read_text().splitlines()[:-1] == kept
 
 
+def test_workers_alone_take_a_file_of_secrets_that_need_not_be_there() -> None:
+    files = {name: service["env_file"] for name, service in SERVICES.items() if "env_file" in service}
+    own = [{"path": "deploy/secrets/worker.env", "required": False}]
+    assert files == {"worker": own, "worker-gpu": own}
+
+
 def test_git_ignores_secrets_backups_and_bundle() -> None:
-    paths = ["deploy/secrets/stack.env", "backups/x/airflow.dump", "deploy/project.bundle"]
+    secrets = ["deploy/secrets/stack.env", "deploy/secrets/worker.env"]
+    paths = [*secrets, "backups/x/airflow.dump", "deploy/project.bundle"]
     done = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.split() == paths
 

@@ -30,6 +30,7 @@ print(f"{name} begins", flush=True)
 pathlib.Path(os.environ["BALLAST_VAR"], f"{name}.pid").write_text(str(os.getpid()))
 with open(pathlib.Path(os.environ["BALLAST_VAR"], f"{name}.runs"), "a") as file:
     file.write("x")
+pathlib.Path(os.environ["BALLAST_VAR"], f"{name}.connection").write_text(os.environ.get("AIRFLOW_CONN_SHOP", ""))
 time.sleep(seconds)
 out = pathlib.Path("data", name)
 out.mkdir(parents=True, exist_ok=True)
@@ -185,6 +186,27 @@ def test_run_beneath_a_socket_reads_no_rc_file_of_the_shell(project: Project, tm
             project.command("land"), env=environment, stdin=theirs, capture_output=True, text=True, check=False
         )
     assert result_of(done)["cached"] is False
+
+
+def test_run_land_has_the_connection_that_it_asks_for_and_leaves_no_trace_of_it(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project.root / "params.yaml").write_text('as_of: "2013-04-01"\nland: {options: {connection: shop}}\n')
+    project.stages()
+    monkeypatch.setenv("AIRFLOW_CONN_SHOP", "of the environment")
+
+    def land(run_id: str, as_of: str, answer: str, *ask: str) -> str:
+        command, environment = project.command("land", run_id, as_of, *ask), project.environment()
+        done = subprocess.run(command, env=environment, input=answer, capture_output=True, text=True, check=True)
+        assert ("ballast-connection shop" in done.stdout.splitlines()) == bool(ask)
+        assert "hunter2" not in done.stdout + done.stderr
+        return (project.var / "land.connection").read_text()
+
+    assert land("r1", "2013-05-01", '{"password": "hunter2"}\n', "--ask-connection") == '{"password": "hunter2"}'
+    kept = [file for file in project.workspace().rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
+    assert kept == []
+    assert land("r2", "2013-05-02", "\n", "--ask-connection") == "of the environment"
+    assert land("r3", "2013-05-03", '{"password": "hunter2"}\n') == "of the environment"
 
 
 def test_run_other_date_runs_again(project: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import threading
 from collections.abc import Iterator
 from datetime import date
@@ -34,7 +35,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.fails, self.login, self.asked = folder, 0, False, list[str]()
-        self.silent = False
+        self.silent, self.leads_to, self.heard = False, "", list[str | None]()
         site = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -42,6 +43,11 @@ class Site:
                 site.asked.append(f"{self.command} {self.path}")
                 if site.login and self.headers["Authorization"] != BASIC:
                     return self.send_error(401)
+                if site.leads_to:
+                    self.send_response(302)
+                    self.send_header("Location", site.leads_to + self.path)
+                    return self.end_headers()
+                site.heard.append(self.headers["Authorization"])
                 return self.send_error(site.fails) if site.fails else super().send_head()
 
             def send_header(self, keyword: str, value: str) -> None:
@@ -156,6 +162,51 @@ def test_http_login_comes_from_the_environment(site: Site, tmp_path: Path, monke
     assert source.read("t", f"{site.url}/shops.csv").num_rows == 1
 
 
+def connection(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_LAKE", json.dumps({"conn_type": "generic", **fields}))
+
+
+def test_http_login_of_a_connection_is_told_to_its_host_alone(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection(monkeypatch, host="http://127.0.0.1", login="me", password="hunter2")
+    site.login = True
+    source = remote(connection="lake", t=f"{site.url}/shops.csv")
+    assert source.read("t", *source.pieces("t", MARCH)).num_rows == 1
+    other = Site(tmp_path / "other")
+    other.put("shops.csv", "shop\n1\n")
+    by_name = other.url.replace("127.0.0.1", "localhost")
+    assert remote(connection="lake", t=f"{by_name}/shops.csv").pieces("t", MARCH)
+    site.leads_to = by_name
+    assert remote(connection="lake", t=f"{site.url}/shops.csv").pieces("t", MARCH)
+    other.stop()
+    assert set(other.heard) == {None}
+
+
+def test_http_extra_of_a_connection_is_headers(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection(monkeypatch, host="127.0.0.1", extra={"Authorization": "Bearer hunter2"})
+    remote(connection="lake", t=f"{site.url}/shops.csv").pieces("t", MARCH)
+    assert site.heard == ["Bearer hunter2"]
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, r"`land.options.connection`: make `lake` in Airflow, or set AIRFLOW_CONN_LAKE .found neither"),
+        ("http://me:hunter2@example.org", r"AIRFLOW_CONN_LAKE must be a connection of Airflow as JSON"),
+        ('{"password": "hunter2", "extra": "hunter2"}', r"AIRFLOW_CONN_LAKE must be a connection of Airflow as JSON"),
+        ('{"password": "hunter2", "extra": {"role_arn": "r"}}', r"aws_session_token \(found role_arn\)"),
+    ],
+)
+def test_connection_that_cannot_be_used_is_refused_and_shows_no_password(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, message: str
+) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_LAKE", found) if found else monkeypatch.delenv("AIRFLOW_CONN_LAKE", raising=False)
+    with pytest.raises(ParamsError, match=message) as error:
+        remote(connection="lake", t="s3://warehouse/a.csv")
+    assert "hunter2" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -221,6 +272,18 @@ def test_s3_pattern_matches_what_is_there_now(bucket: Any) -> None:
     assert list(after) == ["s3://warehouse/visits/a.csv", "s3://warehouse/visits/b.csv"]
     assert after["s3://warehouse/visits/a.csv"] != before["s3://warehouse/visits/a.csv"]
     assert source.read("visits", "s3://warehouse/visits/a.csv").to_pylist() == [{"id": "7"}]
+
+
+def test_s3_keys_and_endpoint_of_a_connection_go_before_the_environment_s(
+    bucket: Any, moto: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(bucket, "a.csv", "id\n1\n")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    extra = json.dumps({"endpoint_url": moto, "region_name": "us-east-1"})
+    connection(monkeypatch, login="me", password="hunter2", extra=extra)
+    assert list(remote(connection="lake", t="s3://warehouse/*.csv").pieces("t", MARCH)) == ["s3://warehouse/a.csv"]
 
 
 def test_s3_dates_are_filled_in(bucket: Any) -> None:

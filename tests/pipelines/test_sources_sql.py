@@ -188,6 +188,8 @@ def test_wrong_revision_names_the_revision(lite: Lite) -> None:
         ({"url": "postgresql://db/shop?user=me&password=hunter2"}, r"has a password in it"),
         ({"urll": "postgresql://me:hunter2@db/shop"}, r"`land.options.urll`: .*me:\*\*\*@db"),
         ({"url_from": "NOWHERE_SET"}, r"Set the environment variable NOWHERE_SET \(found none\)"),
+        ({"connection": "shop"}, r"variable AIRFLOW_CONN_SHOP .*, or make the connection `shop` in Airflow"),
+        ({"connection": "the shop"}, r"`land.options.connection`: .*found 'the shop'"),
         ({"url": "oracel://db/shop"}, r"There is no driver for oracel://"),
         ({"url": "db.example.org"}, r"`land.options.url` is no URL of a database"),
     ],
@@ -227,7 +229,7 @@ def test_table_without_a_query_is_an_error(lite: Lite) -> None:
 )
 def test_connection_of_airflow_is_read_as_uri_and_as_json(written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIRFLOW_CONN_WAREHOUSE", written)
-    url = adapter(url_from="AIRFLOW_CONN_WAREHOUSE")._url
+    url = adapter(connection="warehouse")._url
     assert (url.drivername, url.username, url.password) == ("postgresql+psycopg", "me", "a word")
     assert (url.host, url.port, url.database, dict(url.query)) == ("db", 5433, "shop", {"sslmode": "require"})
 

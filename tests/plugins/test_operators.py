@@ -13,11 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.models import Connection
 from airflow.sdk import DAG, Asset
 from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowRescheduleException
+from airflow.utils.session import create_session
 from airflow.utils.types import DagRunType
 
 import ballast_calendar
+import ballast_container
 import ballast_operators
 from ballast_operators import (
     StepOperator,
@@ -41,9 +44,14 @@ FAKE = """
 import json, os, sys
 step = sys.argv[1]
 told = json.load(open("told.json"))[step]
+answers = []
+for line in told.get("asks", ()):
+    print(line, flush=True)
+    answers.append(sys.stdin.readline().strip())
+call = {"argv": sys.argv[1:], "trigger": json.loads(os.environ["BALLAST_TRIGGER"]), "answers": answers}
 with open("calls.jsonl", "a") as file:
-    file.write(json.dumps({"argv": sys.argv[1:], "trigger": json.loads(os.environ["BALLAST_TRIGGER"])}) + "\\n")
-print(step, "speaks")
+    file.write(json.dumps(call) + "\\n")
+print(told.get("says", f"{step} speaks"))
 if told.get("error"):
     print("error:", told["error"], file=sys.stderr)
 if told.get("signal"):
@@ -219,6 +227,53 @@ def test_step_that_is_no_stage_runs_here_whatever_runs_the_stages(
     with pytest.raises(AirflowException, match="No Docker engine answers"):
         attempt(pipeline, result="gone")
     assert [call["argv"][0] for call in pipeline.calls()] == ["register"], "the engine is asked first"
+
+
+def test_land_has_a_connection_that_was_made_in_airflow(
+    pipeline: Pipeline, run: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = Connection("shop", "postgres", host="db", login="me", password="hunter2", extra='{"sslmode": "require"}')
+    with create_session() as session:
+        session.add(made)
+    pipeline.tell(**{**decided("promote"), "land": {**PINNED, "asks": ["ballast-connection shop"]}})
+    assert run("retrain_on_alert").state == "success"
+    with create_session() as session:
+        session.query(Connection).filter_by(conn_id="shop").delete()
+    land, *others = pipeline.calls()
+    (answer,) = land["answers"]
+    fields = {"conn_type": "postgres", "host": "db", "login": "me", "password": "hunter2"}
+    assert json.loads(answer) == {**fields, "extra": {"sslmode": "require"}}
+    assert "--ask-connection" in land["argv"]
+    assert not [call for call in others if "--ask-connection" in call["argv"]]
+    assert "hunter2" not in "".join([*land["argv"], *capfd.readouterr()])
+
+
+def test_land_whose_connection_airflow_has_not_goes_on_without(pipeline: Pipeline) -> None:
+    attempt(pipeline, asks=["ballast-connection nowhere"], result="gone")
+    assert [call["answers"] for call in pipeline.calls()] == [[""]]
+
+
+def test_step_other_than_land_is_given_no_connection(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list[str]()
+    monkeypatch.setattr(StepOperator, "_find", lambda _, conn_id: found.append(conn_id) or "")
+    for step in ("train", "land"):
+        attempt(pipeline, step=step, says="ballast-connection shop", result="gone")
+    assert found == ["shop"]
+
+
+def test_land_in_a_container_has_the_connection_in_its_environment(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = list[dict[str, Any]]()
+    container = SimpleNamespace(image="i", run=lambda request: (requests.append(request), (0, []))[1])
+    monkeypatch.setattr(ballast_container, "StageContainer", lambda context: container)
+    monkeypatch.setenv("BALLAST_STAGE_RUNNER", "container")
+    monkeypatch.setenv("AIRFLOW_CONN_SHOP", "postgres://me:hunter2@db")
+    asks = ["ballast-connection shop", 'ballast-command {"env": {"BALLAST_RUN": "r"}}']
+    attempt(pipeline, asks=asks, result={"cached": False})
+    (held,) = (request["env"] for request in requests)
+    assert json.loads(held.pop("AIRFLOW_CONN_SHOP"))["password"] == "hunter2"
+    assert held == {"BALLAST_RUN": "r"}
 
 
 def test_step_that_must_wait_asks_again_later_and_is_no_failure(pipeline: Pipeline) -> None:
