@@ -1,32 +1,52 @@
-"""Make the bridge's TLS key and certificate. The key stays in a volume of the bridge's own; the certificate goes where
-Alertmanager and Prometheus find it, as what they check the bridge by. Made anew a month before it runs out.
+"""Make the bridge's TLS key and certificate: ``bridge_init.py OWN SHOWN``. The key stays in a volume of the bridge's
+own; the certificate goes where Alertmanager and Prometheus find it, as what they check the bridge by. Made anew a month
+before it runs out, and where the two cannot be used.
 """
 
-import os
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import NameOID
 
-OWN, SHOWN = Path("/var/lib/bridge/own"), Path("/var/lib/bridge/shown")
 LASTS, RENEW_BEFORE = timedelta(days=365), timedelta(days=30)
 
 
-def good_until(certificate: Path) -> datetime:
-    """When the certificate runs out; long ago where there is none."""
-    if not certificate.exists():
-        return datetime.min.replace(tzinfo=UTC)
-    return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+def good_until(key: Path, certificate: Path) -> datetime:
+    """When the certificate runs out; long ago where either is not there, is cut short or is not the other's."""
+    never = datetime.min.replace(tzinfo=UTC)
+    try:
+        own = load_pem_private_key(key.read_bytes(), None).public_key()
+        shown = x509.load_pem_x509_certificate(certificate.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return never
+    return shown.not_valid_after_utc if shown.public_key() == own else never
+
+
+def write(path: Path, data: bytes, mode: int) -> None:
+    """Write a file whole: to a temporary name, then renamed."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    part.touch(0o600)
+    part.write_bytes(data)
+    part.chmod(mode)
+    part.replace(path)
 
 
 def main() -> None:
     """Make both, unless they are there and last."""
+    key_file, certificate_file = Path(sys.argv[1], "key.pem"), Path(sys.argv[2], "cert.pem")
     now = datetime.now(UTC)
-    if (OWN / "key.pem").exists() and good_until(SHOWN / "cert.pem") - now > RENEW_BEFORE:
+    if good_until(key_file, certificate_file) - now > RENEW_BEFORE:
         print("the certificate is there")
         return
     key = ec.generate_private_key(ec.SECP256R1())
@@ -37,10 +57,8 @@ def main() -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
-    os.umask(0o077)
-    (OWN / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    (SHOWN / "cert.pem").write_bytes(made.public_bytes(Encoding.PEM))
-    (SHOWN / "cert.pem").chmod(0o644)
+    write(key_file, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    write(certificate_file, made.public_bytes(Encoding.PEM), 0o644)
     print("made a certificate for the bridge")
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.pipelines.postgresql import PASSWORD, serve
 
@@ -51,3 +57,124 @@ def test_mlflow_database_of_an_older_release_is_brought_forward_before_the_serve
         store = SqlAlchemyStore(url, str(tmp_path))
         assert store.get_experiment_by_name("kept")
         store.engine.dispose()
+
+
+# --- the checkout
+
+KILLED = """#!/bin/sh
+# git, whose clone is killed when half of it is there, and whoever called it.
+/usr/bin/git "$@" || exit
+[ "$1" = clone ] || exit 0
+for into; do :; done
+rm -rf "$into/.git/objects"
+kill -9 $PPID
+"""
+
+
+class Volume:
+    """An image with a repository of two commits, and the volume that is to have it."""
+
+    def __init__(self, root: Path) -> None:
+        self.image, self.root, self.bin = root / "image", root / "volume", root / "bin"
+        for folder in (self.image, self.root, self.bin):
+            folder.mkdir()
+        self.git("init", "--quiet", at=self.image)
+        self.commit("first")
+
+    def git(self, *arguments: str, at: Path | None = None) -> str:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        command = ["git", "-C", str(at or self.root), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, text: str) -> None:
+        (self.image / "file").write_text(text)
+        self.git("add", "file", at=self.image)
+        self.git("commit", "--quiet", "--message", text, at=self.image)
+
+    def check_out(self) -> subprocess.CompletedProcess[str]:
+        """Run the script; first on the PATH is what the test has put into ``bin``."""
+        command = ["sh", str(ROOT / "deploy" / "checkout.sh"), str(self.image), str(self.root)]
+        env = {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}"}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    def is_at(self, text: str) -> bool:
+        here = sorted(path.name for path in self.root.iterdir())
+        return here == [".git", "file"] and (self.root / "file").read_text() == text and not self.git("status", "-s")
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    return Volume(tmp_path)
+
+
+def test_checkout_follows_the_image_and_keeps_the_refs_of_runs(volume: Volume) -> None:
+    assert volume.check_out().returncode == 0 and volume.is_at("first")
+    volume.git("update-ref", "refs/ballast/runs/d/r", "HEAD")
+    began = volume.git("rev-parse", "HEAD")
+    volume.commit("second")
+    assert volume.check_out().returncode == 0 and volume.is_at("second")
+    assert volume.git("rev-parse", "refs/ballast/runs/d/r") == began != volume.git("rev-parse", "HEAD")
+
+
+def test_checkout_after_a_clone_that_was_killed_is_whole(volume: Volume) -> None:
+    (volume.bin / "git").write_text(KILLED)
+    (volume.bin / "git").chmod(0o755)
+    assert volume.check_out().returncode == -9
+    (volume.bin / "git").unlink()
+    done = volume.check_out()
+    assert done.returncode == 0, done.stderr
+    assert volume.is_at("first")
+
+
+def test_checkout_removes_the_lock_of_a_git_that_was_killed_and_no_other(volume: Volume) -> None:
+    volume.check_out()
+    volume.commit("second")
+    lock = volume.root / ".git" / "index.lock"
+    lock.touch()
+    done = volume.check_out()
+    assert done.returncode and "index.lock" in done.stderr and lock.exists(), "somebody may hold it"
+    os.utime(lock, (time.time() - 60,) * 2)
+    done = volume.check_out()
+    assert done.returncode == 0, done.stderr
+    assert volume.is_at("second")
+
+
+# --- the bridge's certificate
+
+
+def make_certificate(root: Path) -> tuple[bytes, bytes]:
+    """Run the script; return key and certificate, which fit together."""
+    own, shown = root / "own", root / "shown"
+    for folder in (own, shown):
+        folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, ROOT / "deploy" / "bridge_init.py", own, shown], check=True, capture_output=True)
+    key, certificate = (own / "key.pem").read_bytes(), (shown / "cert.pem").read_bytes()
+    public = load_pem_private_key(key, None).public_key()
+    assert x509.load_pem_x509_certificate(certificate).public_key() == public
+    assert [path.name for folder in (own, shown) for path in folder.iterdir()] == ["key.pem", "cert.pem"]
+    return key, certificate
+
+
+def test_certificate_that_is_whole_stays(tmp_path: Path) -> None:
+    made = make_certificate(tmp_path)
+    assert make_certificate(tmp_path) == made
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("own/key.pem", "shown/cert.pem")]
+    assert modes == [0o600, 0o644]
+
+
+@pytest.mark.parametrize("name", ["own/key.pem", "shown/cert.pem"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file, other: file.unlink(),
+        lambda file, other: file.write_bytes(file.read_bytes()[:60]),
+        lambda file, other: file.write_bytes(other),
+    ],
+)
+def test_certificate_that_cannot_be_used_is_made_anew(
+    tmp_path: Path, name: str, spoil: Callable[[Path, bytes], object]
+) -> None:
+    made = make_certificate(tmp_path / "ours")
+    make_certificate(tmp_path / "other")
+    spoil(tmp_path / "ours" / name, (tmp_path / "other" / name).read_bytes())
+    assert not set(make_certificate(tmp_path / "ours")) & set(made)
