@@ -13,9 +13,12 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 BIN := .venv/bin
 # COMPOSE_FILES adds files to docker-compose.yml, such as -f gpu.yml; PROFILES adds parts of it: make compose-up PROFILES=monitoring
+# What `make compose-up` was told holds for every compose- target until it is told otherwise.
 SECRETS := deploy/secrets/stack.env
+TOLD := deploy/secrets/compose.mk
+-include $(TOLD)
 COMPOSE := docker compose --env-file $(SECRETS) -f docker-compose.yml $(COMPOSE_FILES) $(foreach profile,$(PROFILES),--profile $(profile))
-WORKERS := 1
+WORKERS ?= 1
 # Only where there is a Prometheus to send them to.
 export AIRFLOW_METRICS ?= $(if $(filter monitoring,$(PROFILES)),True,False)
 
@@ -81,6 +84,8 @@ compose-images: secrets ## Build the two images of the Compose stack from the co
 	@BALLAST_COMMIT=$$(git rev-parse HEAD) $(COMPOSE) build airflow-init project
 
 compose-up: compose-images ## Start the Compose stack: make compose-up WORKERS=2 PROFILES=monitoring
+	@printf '%s ?= %s\n' WORKERS '$(WORKERS)' PROFILES '$(PROFILES)' COMPOSE_FILES '$(COMPOSE_FILES)' >$(TOLD).part
+	@mv $(TOLD).part $(TOLD)
 	@$(COMPOSE) up --detach --no-build --scale worker=$(WORKERS)
 	@sh scripts/compose_wait.sh $(COMPOSE)
 
@@ -92,7 +97,7 @@ compose-logs: ## Follow what the services of the Compose stack say
 
 compose-upgrade: compose-images ## Bring the Compose stack to the commit that is checked out, after a backup
 	@$(MAKE) --no-print-directory compose-backup
-	@$(COMPOSE) stop scheduler dag-processor triggerer worker api-server
+	@$(COMPOSE) --profile '*' stop $$($(COMPOSE) --profile '*' config --services | grep -vxE 'postgres|redis|s3|s3-data')
 	@$(MAKE) --no-print-directory compose-up
 
 compose-backup: ## Back the running Compose stack up: databases, artifacts, ledger, data (BACKUP names the folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -178,3 +179,59 @@ def test_certificate_that_cannot_be_used_is_made_anew(
     make_certificate(tmp_path / "other")
     spoil(tmp_path / "ours" / name, (tmp_path / "other" / name).read_bytes())
     assert not set(make_certificate(tmp_path / "ours")) & set(made)
+
+
+# --- make compose-…
+
+DOCKER = """#!/bin/sh
+# An engine that writes down what it is told.
+echo "$*" >>calls
+case "$*" in *"config --services") printf '%s\\n' postgres worker worker-gpu bridge mlflow s3 ;; esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A commit with the Makefile and what it calls."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "docker").write_text(DOCKER)
+    (tmp_path / "bin" / "docker").chmod(0o755)
+    for command in ("init --quiet", "add Makefile", "-c user.name=t -c user.email=t@e.org commit --quiet -m x"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def make(checkout: Path, *arguments: str) -> list[str]:
+    """What the engine is told, each without the secrets file."""
+    (checkout / "calls").unlink(missing_ok=True)
+    env = {**os.environ, "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}"}
+    for name in ("WORKERS", "PROFILES", "COMPOSE_FILES", "COMPOSE", "MAKEFLAGS", "MAKEOVERRIDES"):
+        env.pop(name, None)
+    done = subprocess.run(["make", *arguments], cwd=checkout, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = (checkout / "calls").read_text().splitlines()
+    return [line.removeprefix("compose --env-file deploy/secrets/stack.env -f docker-compose.yml ") for line in told]
+
+
+def test_compose_targets_mean_the_stack_that_was_started(checkout: Path) -> None:
+    assert "up --detach --no-build --scale worker=1" in make(checkout, "compose-up")
+    as_told = "-f more.yml -f gpu.yml --profile monitoring --profile gpu"
+    told = ["WORKERS=3", "PROFILES=monitoring gpu", "COMPOSE_FILES=-f more.yml -f gpu.yml"]
+    first = make(checkout, "compose-up", *told)
+    assert f"{as_told} up --detach --no-build --scale worker=3" in first
+    upgraded = make(checkout, "compose-upgrade", "BACKUP=backup")
+    assert all(line.startswith(as_told) for line in upgraded)
+    assert upgraded[-len(first) :] == first, "it ends as the start did"
+    assert make(checkout, "compose-up", "PROFILES=")[-2] == (
+        "-f more.yml -f gpu.yml up --detach --no-build --scale worker=3"
+    )
+
+
+def test_compose_upgrade_stops_all_but_the_stores_after_the_backup(checkout: Path) -> None:
+    told = make(checkout, "compose-upgrade", "BACKUP=backup")
+    stop = told.index("--profile * stop worker worker-gpu bridge mlflow")
+    assert all("pg_dump" not in line and "tar" not in line for line in told[stop:])
+    assert told[stop + 1 :] and (checkout / "backup" / "SHA256SUMS").exists()
