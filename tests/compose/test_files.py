@@ -54,13 +54,20 @@ def test_worker_holds_nothing_of_airflow_s_database() -> None:
     assert "${AIRFLOW_DB_PASSWORD" not in str(SERVICES["worker"])
 
 
+def test_workers_alone_have_no_fixed_share_of_the_cores_and_give_way() -> None:
+    weights = {name: service.get("cpu_shares", 1024) for name, service in SERVICES.items()}
+    assert {name for name, weight in weights.items() if weight < 1024} == {"worker", "worker-gpu"}
+    open_ended = {name: service["cpus"] for name, service in SERVICES.items() if not isinstance(service["cpus"], int)}
+    assert open_ended == {"worker": "${WORKER_CPUS:-0}", "worker-gpu": "${WORKER_CPUS:-0}"}
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_service_is_confined_limited_and_watched(name: str) -> None:
     service = SERVICES[name]
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service.get("privileged")
-    assert service["mem_limit"] and service["pids_limit"]
+    assert service["mem_limit"] and service["pids_limit"] and service["cpus"]
     assert service["logging"]["options"] == {"max-size": "10m", "max-file": "5"}
     assert not service["image"].endswith(":latest") and ":" in service["image"]
     if service["image"].startswith("ballast-"):
