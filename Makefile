@@ -2,7 +2,7 @@
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .PHONY: help setup run up down test test-e2e test-alerts test-compose test-chaos check bench-quality bench-train bench-drift
-.PHONY: secrets compose-images compose-up compose-down compose-logs compose-upgrade compose-backup compose-restore
+.PHONY: secrets compose-images compose-up compose-down compose-logs compose-upgrade compose-backup compose-restore compose-clean
 .NOTPARALLEL:
 
 unexport PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -102,6 +102,9 @@ compose-upgrade: compose-images ## Bring the Compose stack to the commit that is
 
 compose-backup: ## Back the running Compose stack up: databases, artifacts, ledger, data (BACKUP names the folder)
 	@sh scripts/compose_backup.sh "$(or $(BACKUP),backups/$(shell date -u +%Y%m%dT%H%M%SZ))" $(COMPOSE)
+
+compose-clean: ## Remove logs and rows of Airflow that are older than DAYS (90)
+	@sh scripts/compose_clean.sh "$(or $(DAYS),90)" $(COMPOSE)
 
 compose-restore: ## Put the Compose stack back as a backup has it: make compose-restore BACKUP=backups/20260101T000000Z
 	@sh scripts/compose_restore.sh "$(BACKUP)" $(COMPOSE)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
@@ -235,3 +236,39 @@ def test_compose_upgrade_stops_all_but_the_stores_after_the_backup(checkout: Pat
     stop = told.index("--profile * stop worker worker-gpu bridge mlflow")
     assert all("pg_dump" not in line and "tar" not in line for line in told[stop:])
     assert told[stop + 1 :] and (checkout / "backup" / "SHA256SUMS").exists()
+
+
+def test_compose_clean_removes_old_logs_and_asks_airflow_for_the_rest(tmp_path: Path) -> None:
+    logs, calls = tmp_path / "logs", tmp_path / "calls"
+    here = tmp_path / "compose"  # runs what it is to run in a container, on the test's own folder
+    here.write_text(f"""#!/bin/sh
+shift 3
+[ "$1" = find ] || {{ shift 2; sh -c "airflow() {{ echo \\"\\$@\\" >>{calls}; }}; $1" "$2"; exit; }}
+shift 2
+exec find {logs} "$@"
+""")
+    here.chmod(0o755)
+    for name, days in {"dag_id=d/run_id=old/attempt=1.log": 91, "dag_id=d/run_id=new/attempt=1.log": 89}.items():
+        (logs / name).parent.mkdir(parents=True)
+        (logs / name).touch()
+        os.utime(logs / name, (time.time() - 86400 * days - 60,) * 2)
+
+    def clean(days: str) -> subprocess.CompletedProcess[str]:
+        command = ["sh", str(ROOT / "scripts" / "compose_clean.sh"), days, str(here)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def left() -> list[str]:
+        return sorted(str(path.relative_to(logs)) for path in logs.rglob("*"))
+
+    for wrong in ("0", "", "-1", "1 -o -true"):
+        assert clean(wrong).returncode == 1
+    assert len(left()) == 5 and not calls.exists()
+    assert clean("90").returncode == 0
+    assert left() == ["dag_id=d", "dag_id=d/run_id=new", "dag_id=d/run_id=new/attempt=1.log", "dag_id=d/run_id=old"]
+    os.utime(logs / "dag_id=d" / "run_id=old", (time.time() - 3700,) * 2)
+    assert clean("90").returncode == 0
+    assert left() == ["dag_id=d", "dag_id=d/run_id=new", "dag_id=d/run_id=new/attempt=1.log"]
+    before = (datetime.now(UTC) - timedelta(days=90)).date()
+    assert calls.read_text().splitlines() == 2 * [
+        f"db clean --clean-before-timestamp {before} --skip-archive --yes --error-on-cleanup-failure"
+    ]
