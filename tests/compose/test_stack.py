@@ -271,6 +271,10 @@ def test_upgrade_brings_another_commit_and_its_backup_all_that_was(stack: Monito
     stack.call("make", "compose-upgrade", *said, cwd=checkout)
     assert (stack.status(), stack.ballast("history")) == (before, history)
     assert stack.run("ps", "--format", "{{.Service}}").split().count("worker") == 2
+    label = ["--format", '{{index .Config.Labels "org.opencontainers.image.revision"}}']
+    for service in ("api-server", "worker"):
+        assert stack.call("docker", "image", "inspect", *label, stack.image(service)) == newer
+    stack.call("make", "compose-clean", said[0], cwd=checkout)
 
     airflow = stack.airflow()
     run = airflow.trigger("retrain_on_alert", "newer", {"as_of": "2013-04-01", "reason": "evaluate has changed"})
