@@ -42,6 +42,7 @@ from sqlalchemy import (
     select,
     update,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, OperationalError
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateIndex, CreateTable
@@ -53,6 +54,8 @@ from pipelines.files import canonical_json
 SCHEMA = 5
 GENESIS = "0" * 64  # the previous hash of the first entry
 BUSY_TIMEOUT_S = 30
+# libpq's: without them a server whose machine is gone is waited for until TCP gives up, a quarter of an hour.
+GIVE_UP = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "tcp_user_timeout": 60_000}
 ALERTS_KEPT = timedelta(days=90)  # once settled; Airflow's own 409 still stops a later repetition
 MOST_ALERTS_KEPT = 10_000  # once settled, the newest: whoever knows the token cannot fill the store
 FAILED_SHOWN = timedelta(days=7)  # nobody can answer an alert that was given up: people are told for so long
@@ -374,8 +377,7 @@ class State:
     def remember_window(self, window: Window) -> None:
         """Keep what the monitor saw of an interval; said again, it takes the place of what was said before."""
         with self._begin() as connection:
-            connection.execute(delete(_windows).where(_windows.c.start == window.start, _windows.c.end == window.end))
-            connection.execute(insert(_windows), {**asdict(window), "numbers": canonical_json(window.numbers)})
+            _upsert(connection, _windows, {**asdict(window), "numbers": canonical_json(window.numbers)})
 
     def windows(self) -> list[Window]:
         """Every interval that the monitor has seen, the oldest first."""
@@ -535,8 +537,7 @@ class State:
 
     def _set(self, name: str, value: str | None) -> None:
         with self._begin() as connection:
-            connection.execute(delete(_settings).where(_settings.c.name == name))
-            connection.execute(insert(_settings), {"name": name, "value": value})
+            _upsert(connection, _settings, {"name": name, "value": value})
 
     def _make_sure(self) -> None:
         found = self._schema_version()
@@ -716,6 +717,13 @@ def _to_5(connection: Connection) -> None:
     connection.exec_driver_sql("ALTER TABLE decisions ADD COLUMN facts TEXT")
 
 
+def _upsert(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:
+    """Write a row in the place of the one of its key, if there is one; of two writers at once the last one's stays."""
+    dialect = {"sqlite": sqlite, "postgresql": postgresql}[connection.dialect.name]
+    statement = dialect.insert(table).values(row)
+    connection.execute(statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=row))
+
+
 _MIGRATIONS: dict[int, Callable[[Connection], None]] = {1: _to_2, 2: _to_3, 3: _to_4, 4: _to_5}
 
 
@@ -738,8 +746,8 @@ def _engine(uri: str, pooled: bool) -> Engine:
     pool: dict[str, Any] = {"pool_pre_ping": True} if pooled else {"poolclass": NullPool}
     try:
         url = make_url(uri)
-        if url.get_backend_name() != "sqlite":
-            return create_engine(url, **pool)
+        if url.get_backend_name() == "postgresql":
+            return create_engine(url, connect_args=GIVE_UP, **pool)
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, **pool)

@@ -124,6 +124,22 @@ def test_state_is_made_by_eight_at_once_on_postgresql(server: Server) -> None:
     assert State(where).verify() == []
 
 
+def test_setting_that_eight_write_at_once_is_the_last_one_s_on_postgresql(server: Server) -> None:
+    """As `ballast status` does beside a promotion: both note how far the aliases show the ledger."""
+    server.run("DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+    where = server.url.replace("postgresql:", "postgresql+psycopg:")
+    State(where).ledger()
+
+    def write(number: int) -> None:
+        state = State(where)
+        for _ in range(20):
+            state.set_projected(f"head {number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert str(State(where).projected()).startswith("head ")
+
+
 def freeze(state: State, kind: Note = "freeze") -> None:
     state.note(kind, lambda ledger: None, reason="peak season", actor="ana")
 
