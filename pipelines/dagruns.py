@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -267,7 +268,7 @@ class Airflow:
             if error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise Faulty(f"Airflow failed to answer {words}", error.code) from None
             raise Refused(f"Airflow refused {words}", error.code) from None
-        except (URLError, OSError) as error:
+        except (OSError, HTTPException, ValueError) as error:  # away, or ended in the middle of its answer
             reason = getattr(error, "reason", error)
             raise TryAgain(f"Airflow does not answer at {self.url} ({reason}). `make run` starts it.") from None
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,6 +123,23 @@ def test_call_wrong_password_is_refused_with_airflows_words(fake: FakeAirflow, a
 def test_call_airflow_away_names_the_remedy() -> None:
     with pytest.raises(TryAgain, match=r"does not answer at http://127.0.0.1:9 .*make run"):
         Airflow("http://127.0.0.1:9", "admin", "secret").dags()
+
+
+@pytest.mark.parametrize("answer", [b'{"cut": ', b""])
+def test_call_answer_that_was_cut_short_is_to_be_tried_again(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(TryAgain, match="does not answer"):
+            Airflow(f"http://127.0.0.1:{server.getsockname()[1]}", "admin", "x").health()
+        thread.join()
 
 
 def test_call_error_of_airflows_own_is_to_be_tried_again(fake: FakeAirflow, airflow: Airflow) -> None:
