@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import params, places, tracking
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import whole_folder
+from pipelines.files import locked, whole_folder
 from pipelines.schema import Features
-from pipelines.tracking import DIGEST, client, database, locked, speaking
+from pipelines.tracking import DIGEST, client, database, speaking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion

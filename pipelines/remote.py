@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pipelines.errors import BallastError, TryAgain
+from pipelines.places import travels
 from pipelines.workspace import run_cache_alone
 
 if TYPE_CHECKING:
@@ -175,9 +176,10 @@ class Remote:
             if folder and not Path(folder).is_dir():
                 raise NotADirectoryError("there is no such folder. Make it, or mount it")
             yield
-        except BallastError:
+        except (BallastError, ArithmeticError, AttributeError, LookupError, TypeError):  # not of a remote
             raise
         except Exception as error:
             where = self._remote.fs.unstrip_protocol(self._remote.path)
             cause = f"{type(error).__name__}: {error}"
-            raise TryAgain(f"The DVC remote {where} (BALLAST_DVC_REMOTE) does not serve: {cause}") from error
+            named = "BALLAST_DVC_REMOTE" if travels() else f"{self._remote.name} in .dvc/config"
+            raise TryAgain(f"The DVC remote {where} ({named}) does not serve: {cause}") from error

@@ -58,6 +58,8 @@ def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, st
         else:
             if not travels():  # what is brought is whole, and all else may be of an earlier try
                 _check_outs(workspace.root)
+                if step == "register":  # the data first, then the version that names it
+                    travel.push(workspace.root)
             shutil.rmtree(workspace.root / "data" / step, ignore_errors=True)
             _run_command([sys.executable, "-m", f"pipelines.{step}", *arguments], workspace.root, env, lock)
             cached = False

@@ -6,7 +6,6 @@ first needed: that takes about a second. `train` depends on this module: what it
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ from urllib.parse import urlsplit
 
 from pipelines import places
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import sha256, whole_file, write_json
+from pipelines.files import locked, sha256, whole_file, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -574,15 +573,6 @@ def database() -> Path | None:
     """The SQLite file, where MLflow is one."""
     uri = places.tracking_uri()
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of ``path`` alone; the kernel lets go of it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

@@ -14,6 +14,7 @@ and pulled by hand (``git fetch``, ``dvc pull``) a state is the workspace, too.
 
 from __future__ import annotations
 
+import configparser
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,11 +25,11 @@ from typing import TYPE_CHECKING
 
 from pipelines import places, refs, shared, workspace
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import whole_folder
+from pipelines.files import locked, whole_folder
 from pipelines.refs import SHARED, STATES
 from pipelines.remote import Remote
 from pipelines.shared import Index
-from pipelines.workspace import RUNS, Workspace, git
+from pipelines.workspace import REMOTE, RUNS, Workspace, git
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -77,13 +78,24 @@ def carried(step: str, space: Workspace) -> Iterator[None]:
     if not places.travels():
         yield
         return
-    from pipelines.tracking import locked
-
     # What is shared is brought over what is here: no other step of this machine may be about to send it.
     with locked(places.var() / ALONE[step]) if step in ALONE else nullcontext():
         index = _arrive(step, space)
         yield
         _leave(step, space, index)
+
+
+def push(root: Path) -> None:
+    """Send what a run's stages have made to the DVC remote that the project names as its own, as ``dvc push`` does.
+
+    The one that it comes with lies beside the cache, and holds nothing that the cache does not.
+    """
+    config = configparser.ConfigParser()
+    config.read(root / ".dvc" / "config")
+    if config.get("core", "remote", fallback=REMOTE) != REMOTE:
+        os.chdir(root)
+        with Remote.of(root) as remote:
+            remote.send([out for stage in remote.stages.values() for out in stage.outs])
 
 
 def _refs(root: Path) -> tuple[str, str]:

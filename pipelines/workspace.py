@@ -25,13 +25,15 @@ from typing import Any
 
 from pipelines import params, places
 from pipelines.errors import BallastError, TryAgain
-from pipelines.files import read_json, sha256, whole_folder, write_json
+from pipelines.files import locked, read_json, sha256, whole_folder, write_json
 from pipelines.places import ROOT, var
 
 log = logging.getLogger(__name__)
 
 ORPHAN_GRACE_S = 10.0
+GIT_WITHIN_S = 600.0  # a server that takes the connection and then says nothing would be waited for without end
 RUNS = "refs/ballast/runs"  # /<dag>/<run>: the commit that the run was begun on
+REMOTE = "local"  # of DVC: the one that .dvc/config comes with
 KEEP = {"BALLAST_KEEP_RUNS": "3", "BALLAST_KEEP_FAILED_DAYS": "14"}
 SEAL = Path(".dvc/tmp/ballast-seal.json")
 
@@ -205,10 +207,7 @@ def run_cache_alone(folder: str) -> Iterator[None]:
 
     DVC would take an entry that another process is writing for a corrupt one, and remove it.
     """
-    path = Path(f"{folder}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(Path(folder)):
         yield
 
 
@@ -229,6 +228,7 @@ def _take(descriptor: int, root: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not lock_file(root).exists():
                 raise _removed(root)
+            note_step(descriptor, None)  # what a killed step noted: the number may be another process's by now
             return
         except BlockingIOError:
             _end_orphan(descriptor, root)
@@ -261,11 +261,15 @@ def _runner_lives(process_group: int) -> bool:
 
 
 def git(root: Path, *arguments: str, **environment: str) -> str:
-    """What a git command prints in ``root``; raise BallastError with what it says if it fails."""
+    """What a git command prints in ``root``; raise BallastError with what it says if it fails, or does not end."""
     command, env = ["git", "-C", str(root), *arguments], {**os.environ, "GIT_TERMINAL_PROMPT": "0", **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    said = f"`git {' '.join(arguments)}`"
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=GIT_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        raise BallastError(f"{said} did not end within {GIT_WITHIN_S:g} s in {root}.") from None
     if done.returncode:
-        raise BallastError(f"`git {' '.join(arguments)}` failed in {root}: {done.stderr.strip()}")
+        raise BallastError(f"{said} failed in {root}: {done.stderr.strip()}")
     return done.stdout.rstrip()
 
 
@@ -312,9 +316,9 @@ def share_cache(origin: Path, root: Path) -> None:
     config = configparser.ConfigParser()
     config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
     config["cache"] = {"dir": str(cache(origin))}
-    config["'remote \"local\"'"] = {"url": places.dvc_remote()}
+    config[f"'remote \"{REMOTE}\"'"] = {"url": places.dvc_remote()}
     if os.environ.get("BALLAST_DVC_REMOTE"):
-        config["core"]["remote"] = "local"
+        config["core"]["remote"] = REMOTE
     with (root / ".dvc" / "config.local").open("w") as file:
         config.write(file)
 

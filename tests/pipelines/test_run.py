@@ -461,6 +461,31 @@ def test_run_stage_runner_misspelt_is_refused(project: Project) -> None:
     assert "BALLAST_STAGE_RUNNER must be local or container (found 'docker')" in done.stderr
 
 
+def test_register_sends_the_data_to_the_remote_that_the_project_names_before_the_version(
+    project: Project, tmp_path: Path
+) -> None:
+    remote = tmp_path / "remote"
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "remote", "add", "-d", "team", str(remote)], cwd=project.root, check=True)
+    project.stages()
+    for step in ("land", "train"):
+        result_of(project.run(step))
+    assert not remote.exists()
+    assert project.run("register").returncode == 1, "the toy has no model"
+
+    elsewhere = tmp_path / "elsewhere"
+    project.git("clone", "-q", str(project.root), str(elsewhere))
+    shutil.copy(project.workspace() / "dvc.lock", elsewhere)
+    subprocess.run([*dvc, "pull", "-q"], cwd=elsewhere, check=True)
+    assert (elsewhere / "data" / "train" / "result.json").read_text()
+
+    shutil.rmtree(remote)
+    remote.write_text("no folder")
+    done = project.run("register")
+    assert done.returncode == 75, done.stderr
+    assert f"The DVC remote {remote} (team in .dvc/config) does not serve" in done.stderr
+
+
 def test_ensure_foreign_environment_lock_is_refused(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = project.var / "venv"
     prefix.mkdir()

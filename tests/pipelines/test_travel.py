@@ -504,6 +504,14 @@ def test_remote_that_goes_away_as_a_step_ends_leaves_the_state_before(
     assert site.refs() == before
 
 
+def test_fault_of_our_own_is_no_remote_that_is_away(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = site.machine("a")
+    one.run("land")
+    monkeypatch.setattr(Remote, "send", lambda: None)
+    with pytest.raises(TypeError):
+        one.run("ingest")
+
+
 def test_dvc_remote_alone_keeps_the_refs_in_the_checkout(site: Site) -> None:
     machine = replace(site.machine("a"), git_remote="")
     for step in ("settle", "land", "ingest"):

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,23 @@ def test_owned_of_an_orphan_of_this_host_ends_it(tmp_path: Path, monkeypatch: py
         with pytest.raises(TryAgain), owned(Workspace(tmp_path, "", date(2013, 4, 1))):  # we hold it ourselves
             pass
         assert step.wait(5) == -9
+
+
+def test_owned_forgets_what_a_killed_step_noted(tmp_path: Path) -> None:
+    """Its number may be another process's by now, which the next who waits would end."""
+    space = Workspace(tmp_path, "", date(2013, 4, 1))
+    with owned(space) as lock:
+        note_step(lock, 57)
+    with owned(space):
+        assert workspace.lock_file(tmp_path).read_bytes() == b""
+
+
+def test_git_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "GIT_WITHIN_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"git://127.0.0.1:{silent.getsockname()[1]}/"
+        with pytest.raises(BallastError, match=r"`git ls-remote git://.*` did not end within 0\.5 s"):
+            workspace.git(tmp_path, "ls-remote", url)
 
 
 def test_owned_of_a_workspace_that_was_just_removed_asks_to_try_again_and_leaves_nothing(
