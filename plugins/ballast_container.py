@@ -46,6 +46,7 @@ ENVIRONMENT = {
     "PYTHONDONTWRITEBYTECODE": "1",  # the code cannot be written to
     "TINI_KILL_PROCESS_GROUP": "1",  # a signal reaches the stage, and not only a shell above it
 }
+PASSING = {HTTPStatus.CONFLICT, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS}  # may be tried again
 NETWORKS = {"source": "BALLAST_STAGE_SOURCE_NETWORK", "mlflow": "BALLAST_STAGE_MLFLOW_NETWORK"}
 
 
@@ -139,6 +140,7 @@ class StageContainer(DockerOperator):
         for left in self.cli.containers(all=True, filters={"label": wanted}):
             self.log.info("removing container %s, left behind by an earlier attempt", left["Id"][:12])
             with suppress(NotFound):
+                self.cli.stop(left["Id"])  # one that still trains saves its checkpoint
                 self.cli.remove_container(left["Id"], v=True, force=True)
 
     def _pull(self) -> None:
@@ -146,7 +148,11 @@ class StageContainer(DockerOperator):
             self.cli.inspect_image(self.image)
         except ImageNotFound:
             self.log.info("pulling %s", self.image)
-            self.cli.pull(self.image)
+            for said in self.cli.pull(self.image, stream=True, decode=True):  # else an error on the way is lost
+                if error := said.get("error"):
+                    raise AirflowException(
+                        f"Pulling {self.image} failed; the task can be tried again: {error}"
+                    ) from None
 
     def _end(self) -> dict[str, Any]:
         """Ask the container to end, if it has not, and remove it; return its last state."""
@@ -187,7 +193,7 @@ class StageContainer(DockerOperator):
         try:
             yield
         except APIError as error:
-            if error.is_client_error() and error.status_code != HTTPStatus.CONFLICT:
+            if error.is_client_error() and error.status_code not in PASSING:
                 raise AirflowFailException(f"The Docker engine refuses it: {error.explanation or error}.") from error
             raise AirflowException(f"The Docker engine failed; the task can be tried again: {error}.") from error
         except RequestException as error:

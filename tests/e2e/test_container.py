@@ -6,6 +6,7 @@ takes the one whose id is in ``BALLAST_STAGE_IMAGE``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -315,6 +319,40 @@ def test_engine_away_is_tried_again(site: Site) -> None:
     output = site.run("land", DOCKER_HOST="tcp://127.0.0.1:9")
     assert "raised AirflowException: No Docker engine answers at tcp://127.0.0.1:9" in output, output
     assert not site.workspace().exists()
+
+
+def test_image_that_does_not_come_whole_is_tried_again(site: Site) -> None:
+    """A registry that has the image's manifest, and fails at what it names."""
+    kind = "application/vnd.oci.image"
+    blob = {"size": 7, "digest": f"sha256:{'0' * 64}"}
+    parts = {
+        "config": {"mediaType": f"{kind}.config.v1+json", **blob},
+        "layers": [{"mediaType": f"{kind}.layer.v1.tar+gzip", **blob}],
+    }
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": f"{kind}.manifest.v1+json", **parts}).encode()
+    digest = f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+
+    class Registry(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            here = self.path == "/v2/" or "/manifests/" in self.path
+            self.send_response(HTTPStatus.OK if here else HTTPStatus.INTERNAL_SERVER_ERROR)
+            self.send_header("Content-Type", f"{kind}.manifest.v1+json")
+            self.send_header("Docker-Content-Digest", digest)
+            self.send_header("Content-Length", str(len(manifest)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(manifest)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Registry) as registry:
+        Thread(target=registry.serve_forever).start()
+        image = f"127.0.0.1:{registry.server_port}/stage@{digest}"
+        output = site.run("land", BALLAST_STAGE_IMAGE=image)
+        registry.shutdown()
+    assert "raised AirflowException: The image did not come; the task can be tried again: " in output, output
 
 
 @pytest.mark.skipif(
