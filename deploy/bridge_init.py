@@ -1,6 +1,6 @@
 """Make the bridge's TLS key and certificate: ``bridge_init.py OWN SHOWN``. The key stays in a volume of the bridge's
-own; the certificate goes where Alertmanager and Prometheus find it, as what they check the bridge by. Made anew a month
-before it runs out, and where the two cannot be used.
+own; the certificate goes where Alertmanager and Prometheus find it, as what they check the bridge by. Made anew in its
+last year, and where the two cannot be used.
 """
 
 import sys
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-LASTS, RENEW_BEFORE = timedelta(days=365), timedelta(days=30)
+LASTS, RENEW_BEFORE = timedelta(days=3650), timedelta(days=365)
 
 
 def good_until(key: Path, certificate: Path) -> datetime:

@@ -8,6 +8,10 @@ shift
 [ ! -e "$into" ] || { echo "error: $into is there already. Name another: make compose-backup BACKUP=FOLDER" >&2; exit 1; }
 umask 077
 part=$into.part
+paused=
+trap '[ -z "$paused" ] || "$@" --profile travel unpause git; rm -rf "$part"' EXIT
+trap 'exit 130' HUP INT TERM
+pack='tar -C "$0" "$@" -c . || [ $? -eq 1 ]' # 1: a file changed or went meanwhile; what counts is written whole
 rm -rf "$part"
 mkdir -p "$part"
 for database in ballast mlflow mlflow_auth airflow; do
@@ -15,12 +19,12 @@ for database in ballast mlflow mlflow_auth airflow; do
 done
 "$@" run --rm -T --no-deps storage-init python /opt/ballast/deploy/objects.py out >"$part/objects.tar"
 # All of the volume but what runs can make again: their workspaces and DVC's notes.
-"$@" run --rm -T --no-deps project tar -C /var/lib/ballast --exclude=./runs --exclude=./dvc-site -c . >"$part/var.tar"
+"$@" run --rm -T --no-deps project sh -c "$pack" /var/lib/ballast --exclude=./runs --exclude=./dvc-site >"$part/var.tar"
 git=$("$@" --profile travel ps --quiet git) # workspaces travel: deploy/travel.yml
-[ -z "$git" ] || { trap '"$@" --profile travel unpause git' EXIT && "$@" --profile travel pause git; }
-"$@" run --rm -T --no-deps project tar -C /project -c . >"$part/project.tar"
+[ -z "$git" ] || { paused=yes && "$@" --profile travel pause git; }
+"$@" run --rm -T --no-deps project sh -c "$pack" /project >"$part/project.tar"
 if [ -n "$git" ]; then
-    "$@" --profile travel unpause git && trap - EXIT
+    "$@" --profile travel unpause git && paused=
     "$@" --profile travel run --rm -T --no-deps s3-data-init python /opt/ballast/deploy/objects.py out >"$part/data.tar"
 fi
 (cd "$part" && sha256sum -- *.dump *.tar >SHA256SUMS)

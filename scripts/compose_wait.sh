@@ -4,14 +4,14 @@ set -eu
 began=$(date +%s)
 within=${COMPOSE_WAIT_S:-300}
 while :; do
-    lacking=$("$@" ps --all --format '{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}' |
-        awk '!($2 == "running" && $3 == "healthy") && !($2 == "exited" && $NF == 0) { print $1 }' | sort -u)
-    [ -n "$lacking" ] || break
+    all=$("$@" ps --all --format '{{.Service}} {{.State}} {{.Health}} {{.ExitCode}}')
+    lacking=$(echo "$all" | awk '!($2 == "running" && $3 == "healthy") && !($2 == "exited" && $NF == 0) { print $1 }' | sort -u)
+    [ -n "$lacking" ] || [ -z "$all" ] || break
     if [ $(($(date +%s) - began)) -gt "$within" ]; then
         for service in $lacking; do
             "$@" logs --no-color --tail 15 "$service" >&2
         done
-        echo "error: not healthy after $within s: $(echo $lacking)" >&2
+        echo "error: not healthy after $within s: $(echo ${lacking:-nothing was started})" >&2
         exit 1
     fi
     sleep 1

@@ -187,7 +187,10 @@ def test_certificate_that_cannot_be_used_is_made_anew(
 DOCKER = """#!/bin/sh
 # An engine that writes down what it is told.
 echo "$*" >>calls
-case "$*" in *"config --services") printf '%s\\n' postgres worker worker-gpu bridge mlflow s3 ;; esac
+case "$*" in
+*"config --services") printf '%s\\n' postgres worker worker-gpu bridge mlflow s3 ;;
+*" ps --all "*) echo worker running healthy 0 ;;
+esac
 """
 
 

@@ -1,5 +1,6 @@
 """What Dockerfile, docker-compose.yml and the secrets' maker promise, as far as it shows without an engine."""
 
+import os
 import re
 import stat
 import subprocess
@@ -46,6 +47,30 @@ def test_secrets_every_one_is_made_and_none_has_a_default() -> None:
     named = set(re.findall(r"\$\{(\w*(?:PASSWORD|SECRET|KEY|TOKEN)\w*)", text))
     assert asked == named <= set(SECRETS)
     assert set(SECRETS) - asked == set()
+
+
+@pytest.mark.parametrize("says", ["false", "true"])
+def test_wait_that_cannot_ask_or_is_told_nothing_is_no_health(says: str) -> None:
+    command = ["sh", "scripts/compose_wait.sh", says]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"COMPOSE_WAIT_S": "0"}, capture_output=True, check=False)
+    assert done.returncode == 1
+
+
+def test_backup_that_is_interrupted_lets_git_go_on_and_leaves_nothing(tmp_path: Path) -> None:
+    compose = tmp_path / "compose"
+    compose.write_text(f"""#!/bin/sh
+echo "$@" >>{tmp_path}/said
+case "$*" in
+*"ps --quiet git") echo 1;;
+*" /project") kill -TERM $PPID; sleep 1;;
+esac
+""")
+    compose.chmod(0o755)
+    command = ["sh", "scripts/compose_backup.sh", str(tmp_path / "backup"), str(compose)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 130
+    assert (tmp_path / "said").read_text().splitlines()[-1] == "--profile travel unpause git"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compose", "said"]
 
 
 def test_worker_holds_nothing_of_airflow_s_database() -> None:
