@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.dagruns import Airflow
+from pipelines.dagruns import Airflow, Run
 from tests.waiting import until
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,6 +84,13 @@ class Stack:
 
     def status(self) -> str:
         return self.ballast("status")
+
+    def followed(self, run: Run, dag_id: str) -> Run:
+        """The run of ``dag_id`` that an event of ``run`` starts, once it has ended well."""
+        airflow = self.airflow()
+        (begun,) = until(dag_id, lambda: [one for one in airflow.started_by(run) or () if one.dag_id == dag_id])
+        self.ended(begun.dag_id, begun.run_id)
+        return begun
 
     def ended(self, dag_id: str, run_id: str, within_s: float = 1800) -> None:
         """Wait until a run has ended well."""

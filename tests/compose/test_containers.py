@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from ipaddress import ip_network
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -125,13 +126,43 @@ def created(tmp_path: Path) -> Iterator[Path]:
         events.terminate()
 
 
+def tasks(created: Path, dag_id: str) -> list[str]:
+    """Those of a DAG whose containers were created."""
+    made = [json.loads(line)["Actor"]["Attributes"] for line in created.read_text().splitlines()]
+    ours = [one for one in made if one["ballast.var"].endswith("/ballast-contained_var/_data")]
+    return [one["ballast.task"] for one in ours if one["ballast.dag"] == dag_id]
+
+
 def test_retraining_runs_its_stages_in_containers_of_an_engine_over_tls(stack: Stack, created: Path) -> None:
     airflow = stack.airflow()
     airflow.set_paused("retrain_scheduled", False)
     run = airflow.trigger("retrain_scheduled", "turn", {"as_of": "2013-04-01"})
     stack.ended(run.dag_id, run.run_id)
-    made = [json.loads(line)["Actor"]["Attributes"] for line in created.read_text().splitlines()]
-    ours = [one for one in made if one["ballast.var"].endswith("/ballast-contained_var/_data")]
-    assert [one["ballast.task"] for one in ours] == STAGES
+    assert tasks(created, run.dag_id) == STAGES
     assert not call("docker", "ps", "--all", "--quiet", "--filter=label=ballast.run=turn")
     assert f"image {stack.env['BALLAST_STAGE_IMAGE']}" in stack.ballast("explain", "1")
+    stack.followed(run, "promote")
+    assert "champion   v1" in stack.status()
+
+
+def test_drift_retrains_through_the_gate_and_rollback_goes_back(stack: Stack, created: Path) -> None:
+    airflow = stack.airflow()
+    for dag_id in ("monitor", "retrain_on_drift"):
+        airflow.set_paused(dag_id, False)
+    for start, end in pairwise(("2013-04-01", "2013-05-01", "2013-06-01", "2013-07-01")):
+        run = airflow.trigger("monitor", f"to-{end}", {"start": start, "as_of": end})
+        stack.ended(run.dag_id, run.run_id)
+        if airflow.result(run, "policy")["verdict"] == "retrain":
+            break
+    retrained = stack.followed(run, "retrain_on_drift")
+    assert tasks(created, retrained.dag_id) == STAGES
+    assert not call("docker", "ps", "--all", "--quiet", "--filter=label=ballast.dag=retrain_on_drift")
+    stack.followed(retrained, "promote")
+    assert "champion   v2" in stack.status()
+    assert json.loads(stack.ballast("explain", "2", "--json"))["started_by"]["kind"] == "drift"
+
+    back = airflow.trigger("rollback", "back", {"reason": "a test"})
+    stack.ended(back.dag_id, back.run_id)
+    assert "champion   v1" in stack.status()
+    moves = [(one["kind"], one["to_version"]) for one in json.loads(stack.ballast("history", "--json"))["entries"]]
+    assert moves == [("promote", 1), ("promote", 2), ("rollback", 1)]
