@@ -15,14 +15,6 @@ from .site import LATER, LOOP, Site
 
 pytestmark = pytest.mark.chaos
 AHEAD, BACK = ("faketime", "-f", "+1h"), ("faketime", "-f", "-1d")
-TOLD = """
-import json
-from tests.chaos import probe
-from pipelines import breaker, record, retraining
-from pipelines.state import State
-state = State()
-probe.main()
-"""
 MADE = """
 import json
 from pipelines import breaker, retraining
@@ -57,7 +49,7 @@ def test_jumps_between_the_steps_change_no_date_and_no_order(site: Site) -> None
     assert made["waits"] is None
     for run, step, as_of in LOOP[len(RETRAIN) + 2 :]:
         site.step(run, run, step, str(as_of), AHEAD)
-    assert not site.python(TOLD)["problems"]
+    assert not site.python("from tests.chaos import probe; probe.main()")["problems"]
 
 
 def test_run_without_a_date_keeps_the_one_that_it_began_with(site: Site) -> None:

@@ -61,7 +61,7 @@ def test_full_disk_is_said_and_room_made_is_enough(tmp_path: Path, small_disk: P
     for run in ("retrain", "monitor"):
         ours, theirs = ((one.workspace(run, run) / "dvc.lock").read_text() for one in (site, unbroken))
         assert ours == theirs
-    told = "import json; from tests.chaos import probe; probe.main()"
+    told = "from tests.chaos import probe; probe.main()"
     ours, theirs = site.python(told), unbroken.python(told)
     assert ours == theirs
     assert not ours["problems"]
