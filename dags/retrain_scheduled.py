@@ -9,9 +9,10 @@ stands in 2013, and a run of this month would find no flights. Its end date keep
 past the example's year; with data of your own, set `END` in `plugins/ballast_calendar.py` to None and unpause.
 
 **When it is red**: `validate` red: the data was rejected, its log says by which expectation; mend the source and clear
-the task. Any other task: the last lines of its log name the cause and the remedy; clear the task, finished steps are
-cached. A refused challenger is no failure: see the record that `decide` links to. Neither is the branch `paused`: so
-many retrainings in a row were refused (`params.yaml: breaker`) that it takes new data, or `ballast breaker reset`.
+`land` and what comes after it. Any other task: the last lines of its log name the cause and the remedy; clear the task,
+finished steps are cached. A refused challenger is no failure: see the record that `decide` links to. Neither is the
+branch `paused`: so many retrainings in a row were refused (`params.yaml: breaker`) that it takes new data, or `ballast
+breaker reset`.
 """
 
 from airflow.sdk import DAG, CronDataIntervalTimetable
