@@ -152,11 +152,11 @@ def test_roles_viewer_cannot_trigger_and_operator_cannot_approve(stack: Monitore
 
 
 def test_registry_may_be_read_and_not_moved_by_who_has_an_account_only(stack: Monitored) -> None:
-    account = {"username": "reader", "password": "reader-password"}
+    reader = ("reader", "reader-password")
+    account = dict(zip(("username", "password"), reader, strict=True))
     assert stack.mlflow("users/create", account, "admin", stack.secrets["MLFLOW_ADMIN_PASSWORD"]) == HTTPStatus.OK
     worker = ("worker", stack.secrets["MLFLOW_WORKER_PASSWORD"])
     assert stack.mlflow("registered-models/create", {"name": "roles"}, *worker) == HTTPStatus.OK
-    reader = ("reader", "reader-password")
     assert stack.mlflow("registered-models/get?name=roles", None, *reader) == HTTPStatus.OK
     for path in ("registered-models/alias", "model-versions/create"):
         body = {"name": "roles", "alias": "champion", "version": "1", "source": "models:/roles/1"}
