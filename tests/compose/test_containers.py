@@ -155,7 +155,8 @@ def test_drift_retrains_through_the_gate_and_rollback_goes_back(stack: Stack, cr
         if airflow.result(run, "policy")["verdict"] == "retrain":
             break
     retrained = stack.followed(run, "retrain_on_drift")
-    assert tasks(created, retrained.dag_id) == STAGES
+    made = [stage for stage in STAGES if not airflow.result(retrained, stage)["cached"]]  # by the monitor
+    assert "train" in made and tasks(created, retrained.dag_id) == made
     assert not call("docker", "ps", "--all", "--quiet", "--filter=label=ballast.dag=retrain_on_drift")
     stack.followed(retrained, "promote")
     assert "champion   v2" in stack.status()
