@@ -317,7 +317,7 @@ def test_alerts_page_shows_requests_that_are_taken(bridge: httpx.Client, state: 
         one.replace('\\"', '"').replace("\\%", "%")
         for one in re.findall(r"""-d ['"](\{\\?"action.*?\})['"]$""", page, re.M | re.S)
     ]
-    assert len(bodies) == 3
+    assert len(bodies) == 4
     for body in bodies:
         answer = bridge.post("/trigger", content=body, headers={**BEARER, "Content-Type": "application/json"})
         assert answer.status_code == 202, answer.text
