@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
 from http.client import HTTPException
+from itertools import count
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote, urlencode
@@ -144,12 +145,8 @@ class Airflow:
 
     def find(self, dag_id: str, run_id: str) -> Run | None:
         """One run as it stands, None if there is none of this id."""
-        try:
-            return self.run(dag_id, run_id)
-        except Refused as refusal:
-            if refusal.status == HTTPStatus.NOT_FOUND:
-                return None
-            raise
+        found = self._find(_path(dag_id, run_id))
+        return _run(found) if found else None
 
     def last_run(self, dag_id: str) -> Run | None:
         """The run of a DAG that was begun last."""
@@ -160,6 +157,15 @@ class Airflow:
         """The newest runs in one of these states, of all DAGs unless one is named; those that ended last come first."""
         query = {"state": list(states), "limit": limit, "order_by": "-end_date"}
         return [_run(fields) for fields in self._get(f"/dags/{quote(dag_id)}/dagRuns", **query)["dag_runs"]]
+
+    def ended(self, dag_id: str) -> Iterator[Run]:
+        """The runs of a DAG that have ended, those that ended last first, by the page; none if there is no such DAG."""
+        path, query = f"/dags/{quote(dag_id)}/dagRuns", {"state": ENDED, "limit": PAGE, "order_by": "-end_date"}
+        for offset in count(0, PAGE):
+            page = (self._find(path, **query, offset=offset) or {"dag_runs": []})["dag_runs"]
+            yield from map(_run, page)
+            if len(page) < PAGE:
+                return
 
     def failures(self, task_id: str) -> list[str]:
         """The DAGs of the instances of a task that are failed now, one entry each."""
@@ -176,12 +182,8 @@ class Airflow:
     def result(self, run: Run, task_id: str) -> Any:
         """What a task returned (its XCom), None if it returned nothing."""
         path = f"{_path(run.dag_id, run.run_id)}/taskInstances/{quote(task_id)}/xcomEntries/return_value"
-        try:
-            return self._get(path)["value"]
-        except Refused as refusal:
-            if refusal.status == HTTPStatus.NOT_FOUND:
-                return None
-            raise
+        found = self._find(path)
+        return found["value"] if found else None
 
     def log(self, run: Run, task: Task) -> list[dict[str, Any]]:
         """The log of a task's last try, one dictionary an event (``event``, ``level``, ``logger``, ...)."""
@@ -225,6 +227,15 @@ class Airflow:
 
     def _get(self, path: str, **query: object) -> dict[str, Any]:
         return self._patiently(lambda: self._call("GET", f"{path}?{urlencode(query, doseq=True)}" if query else path))
+
+    def _find(self, path: str, **query: object) -> dict[str, Any] | None:
+        """What is there; None if there is no such thing."""
+        try:
+            return self._get(path, **query)
+        except Refused as refusal:
+            if refusal.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
 
     def _patiently(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Ask, and ask again while our patience lasts."""

@@ -17,14 +17,14 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pipelines import approval, embedded, places, refs, registry, timeline, workspace
-from pipelines.dagruns import ACTIVE, PAGE
+from pipelines.dagruns import ACTIVE, PAGE, Airflow
 from pipelines.errors import TryAgain, exit_with
 from pipelines.state import State, moves
 from pipelines.workspace import git, lock_file, name_of
@@ -51,10 +51,10 @@ class Waste:
 
 @dataclass(frozen=True)
 class Runs:
-    """Which runs are not over, and which have failed, as ``dag/run``; None if Airflow does not say."""
+    """Which runs are not over, and how those ended that Airflow knows, as ``dag/run``; None if it does not answer."""
 
     busy: set[str]
-    failed: set[str] | None
+    ended: Mapping[str, str] | None
 
     def over(self, idle: Mapping[str, float], keep: int, days: int) -> Iterator[tuple[str, str]]:
         """Yield of the runs that were idle for so many days those that can go, and why."""
@@ -62,14 +62,12 @@ class Runs:
         for name in sorted(idle, key=lambda name: (name.partition("/")[0], idle[name])):
             if name in self.busy:
                 continue
-            if self.failed is None or name in self.failed:
-                if idle[name] > days:
-                    how = "failed" if self.failed else "not known to have ended well"
-                    yield name, f"{how}, untouched for {idle[name]:.0f} days"
-            else:
+            if (how := (self.ended or {}).get(name, "not known to have ended well")) == "success":
                 ended_well[dag := name.partition("/")[0]] += 1
                 if ended_well[dag] > keep and idle[name] > 1:  # a person may work in it, step by step
                     yield name, f"over, and not among the last {keep}"
+            elif idle[name] > days:
+                yield name, f"{how}, untouched for {idle[name]:.0f} days"
 
 
 def plan(keep: int, days: int, reports: int) -> list[Waste]:
@@ -78,13 +76,13 @@ def plan(keep: int, days: int, reports: int) -> list[Waste]:
     The workspaces of the last ``keep`` runs of each DAG that ended well stay, and Evidently's reports on the last
     ``reports`` windows; those of runs that failed, refused models and data without a name stay for ``days``.
     """
-    state = State()
-    runs = _runs(state)
-    spaces = list(_workspaces(runs, keep, days))
+    state, there, states = State(), _spaces(), refs.touched() if places.travels() else {}
+    runs = _runs(state, {*there, *states})
+    spaces = list(_workspaces(runs, there, keep, days))
     models = list(_models(state, days))
     gone = {path for waste in spaces for path in waste.paths}
     data = _data(gone, {waste.version for waste in models}, days)
-    return [*spaces, *_refs(runs, keep, days), *models, *_reports(reports), *data]
+    return [*spaces, *_refs(runs, states, keep, days), *models, *_reports(reports), *data]
 
 
 def collect(keep: int, days: int, reports: int) -> list[Waste]:
@@ -101,10 +99,11 @@ def collect(keep: int, days: int, reports: int) -> list[Waste]:
 def tidy() -> None:
     """Remove the workspaces that can go, beside the steps; none if Airflow does not say which those are."""
     with workspace.using():
-        runs = _runs(State())
-        if runs.failed is None:
+        spaces = _spaces()
+        runs = _runs(State(), spaces)
+        if runs.ended is None:
             return
-        for waste in _workspaces(runs, *workspace.retention()):
+        for waste in _workspaces(runs, spaces, *workspace.retention()):
             with suppress(FileNotFoundError, BlockingIOError), lock_file(waste.paths[0]).open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a step that comes now is told: workspace.owned
                 _remove(waste)
@@ -129,24 +128,26 @@ def _remove(waste: Waste) -> None:
 # --- workspaces
 
 
-def _workspaces(runs: Runs, keep: int, days: int) -> Iterator[Waste]:
-    found = sorted(path for path in (places.var() / "runs").glob("*/*") if path.is_dir())
-    spaces = {f"{space.parent.name}/{space.name}": space for space in found}
-    left = [name for name, space in spaces.items() if space.name.startswith(".")]
-    for name in left:
-        yield Waste("workspace", name, "left behind by a kill", _size(spaces[name]), [spaces[name]])
-    free = {name: space for name, space in spaces.items() if name not in left and not _is_held(space)}
-    idle = {name: (time.time() - _touched(space)) / DAY_S for name, space in free.items()}
+def _spaces() -> dict[str, Path]:
+    """The workspaces here, by their runs."""
+    found = sorted(path for path in (places.var() / "runs").glob("*/[!.]*") if path.is_dir())
+    return {f"{space.parent.name}/{space.name}": space for space in found}
+
+
+def _workspaces(runs: Runs, spaces: Mapping[str, Path], keep: int, days: int) -> Iterator[Waste]:
+    for left in sorted((places.var() / "runs").glob("*/.*")):
+        yield Waste("workspace", f"{left.parent.name}/{left.name}", "left behind by a kill", _size(left), [left])
+    idle = {name: (time.time() - _touched(space)) / DAY_S for name, space in spaces.items() if not _is_held(space)}
     for name, why in runs.over(idle, keep, days):
         yield Waste("workspace", name, why, _size(spaces[name]), [spaces[name]])
 
 
-def _refs(runs: Runs, keep: int, days: int) -> Iterator[Waste]:
+def _refs(runs: Runs, states: Mapping[str, tuple[str, float]], keep: int, days: int) -> Iterator[Waste]:
     """The refs of runs in the git remote, where workspaces travel; a commit that a version names keeps its own."""
-    if not places.travels():
+    if not states:
         return
     named = {version.tags.get("ballast.commit", "").removesuffix("-dirty") for version in registry.versions()}
-    states, pins = refs.touched(), refs.there(f"{workspace.RUNS}/*")
+    pins = refs.there(f"{workspace.RUNS}/*")
     idle = {name: (time.time() - at) / DAY_S for name, (_, at) in states.items()}
     for name, why in runs.over(idle, keep, days):
         pin, state = f"{workspace.RUNS}/{name}", f"{refs.STATES}/{name}"
@@ -154,18 +155,32 @@ def _refs(runs: Runs, keep: int, days: int) -> Iterator[Waste]:
         yield Waste("ref", name, why, 0, refs=gone)
 
 
-def _runs(state: State) -> Runs:
+def _runs(state: State, names: Collection[str]) -> Runs:
+    """How these runs stand."""
     waiting = {entry.actor for entry in approval.waiting(state.ledger())}
     try:
         airflow = embedded.connect()
-        unfinished, failed = airflow.runs(ACTIVE), airflow.runs(["failed"])
+        unfinished = airflow.runs(ACTIVE)
+        busy = {_named(f"{run.dag_id}/{run.run_id}") for run in unfinished} | {_named(run) for run in waiting}
+        ended = _ended(airflow, set(names) - busy)
     except TryAgain:
         under_way = {one.run for one in state.retrainings() if one.run and not one.ended_at}
         return Runs({_named(run) for run in waiting | under_way}, None)
     if len(unfinished) == PAGE:
         raise TryAgain(f"{PAGE} runs or more are queued or running in Airflow. Wait until there are fewer.")
-    busy = {f"{run.dag_id}/{run.run_id}" for run in unfinished}
-    return Runs({_named(run) for run in waiting | busy}, {_named(f"{run.dag_id}/{run.run_id}") for run in failed})
+    return Runs(busy, ended)
+
+
+def _ended(airflow: Airflow, names: set[str]) -> dict[str, str]:
+    """How the runs ended; Airflow is asked back to the last one of each DAG. One that it has forgotten is not there."""
+    found: dict[str, str] = {}
+    for dag in {name.partition("/")[0] for name in names}:
+        wanted = {name for name in names if name.startswith(f"{dag}/")}
+        for run in airflow.ended(dag):
+            found[_named(f"{run.dag_id}/{run.run_id}")] = run.state
+            if wanted <= found.keys():
+                break
+    return found
 
 
 def _named(run: str) -> str:

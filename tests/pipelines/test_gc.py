@@ -11,9 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pytest
 from conftest import Project
 
 from pipelines import embedded, gc, places, promote, refs, registry, workspace
-from pipelines.dagruns import Run
+from pipelines.dagruns import PAGE, Airflow, Refused
 from pipelines.errors import BallastError, TryAgain
 from pipelines.state import State
 from pipelines.workspace import name_of
@@ -31,15 +31,28 @@ DAY_S = 86_400
 MARCH = date(2013, 3, 1)
 
 
-@dataclass
-class Airflow:
-    """What an Airflow says of its runs, by state."""
+class Fake(Airflow):
+    """An Airflow that says of its runs, by state, no more than a page at once; those that ended last come first."""
 
-    by_state: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, by_state: dict[str, list[str]]) -> None:
+        super().__init__("", "", "")
+        self.runs_by_state = by_state
+        self.asked = 0
 
-    def runs(self, states: Sequence[str], limit: int = 100) -> list[Run]:
-        names = [name.split("/") for state in states for name in self.by_state.get(state, [])]
-        return [Run(dag, run, "", None, None, None, {}) for dag, run in names][:limit]
+    def _get(self, path: str, **query: Any) -> dict[str, Any]:
+        self.asked += 1
+        dag = path.split("/")[2]
+        names = [(name, state) for state in query["state"] for name in self.runs_by_state.get(state, [])]
+        found = [(name, state) for name, state in names if dag in ("~", name.partition("/")[0])]
+        if dag == "deleted":
+            raise Refused("no such DAG", 404)
+        nothing = dict.fromkeys(("queued_at", "start_date", "end_date", "conf"))
+        runs = [
+            {"dag_id": name.partition("/")[0], "dag_run_id": name.partition("/")[2], "state": state, **nothing}
+            for name, state in found
+        ]
+        start = query.get("offset", 0)
+        return {"dag_runs": runs[start : start + min(query["limit"], PAGE)]}
 
 
 @dataclass
@@ -116,8 +129,10 @@ def site(project: Project, monkeypatch: pytest.MonkeyPatch) -> Site:
     return made
 
 
-def known(monkeypatch: pytest.MonkeyPatch, **by_state: list[str]) -> None:
-    monkeypatch.setattr(embedded, "airflow", lambda: Airflow(by_state))
+def known(monkeypatch: pytest.MonkeyPatch, **by_state: list[str]) -> Fake:
+    fake = Fake(by_state)
+    monkeypatch.setattr(embedded, "airflow", lambda: fake)
+    return fake
 
 
 def collect(keep: int = 2, days: int = 14, reports: int = 2) -> list[str]:
@@ -140,6 +155,7 @@ def test_collect_workspaces_keeps_the_last_that_ended_well_and_whatever_runs(
         monkeypatch,
         running=["retrain/running"],
         queued=["retrain/queued", "alert/r:with:colons"],
+        success=[*(f"{dag}{number}" for dag in ("retrain/r", "monitor/m") for number in range(5)), "alert/by-hand"],
         failed=["retrain/failed", "retrain/failed-long-ago"],
     )
     collect(keep=2)
@@ -166,6 +182,25 @@ def test_collect_workspaces_without_airflow_keeps_what_may_still_run(site: Site)
     assert site.runs() == ["retrain/new", "retrain/under-way"]
 
 
+def test_collect_workspaces_counts_as_ended_well_only_what_airflow_knows_as_that(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = [f"retrain/f{number}" for number in range(PAGE + 20)]
+    days = {failed[-1]: 13, "retrain/well": 12, "retrain/forgotten": 13, "retrain/long-forgotten": 15, "deleted/r": 13}
+    for name, since in days.items():
+        site.run(name, since)
+    known(monkeypatch, success=["retrain/well"], failed=failed)
+    assert collect(keep=0) == ["retrain/well", "retrain/long-forgotten"]
+
+
+def test_tidy_asks_airflow_back_to_the_oldest_workspace_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = known(monkeypatch, running=["retrain/new"], success=[f"retrain/r{number}" for number in range(5 * PAGE)])
+    for name in ("new", "r0", "r1"):
+        site.run(f"retrain/{name}", days=0)
+    gc.tidy()
+    assert fake.asked == 2
+
+
 def test_collect_workspace_that_a_step_holds_is_left(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     known(monkeypatch)
     space = site.run("retrain/orphan", days=90)
@@ -190,7 +225,12 @@ def test_tidy_removes_workspaces_that_are_over_and_nothing_else(site: Site, monk
         patch.setattr(embedded, "connect", lambda: (_ for _ in ()).throw(TryAgain("away")))
         gc.tidy()
     assert len(site.runs()) == len(days) + 1, "Airflow is away"
-    known(monkeypatch, running=["retrain/running"], failed=["retrain/failed", "retrain/failed-lately"])
+    known(
+        monkeypatch,
+        running=["retrain/running"],
+        success=[f"retrain/{name}" for name in ("new", "well-too", "held", "well")],
+        failed=["retrain/failed", "retrain/failed-lately"],
+    )
     with (spaces["held"] / ".dvc" / "tmp" / "ballast.lock").open() as file, workspace.using():
         fcntl.flock(file, fcntl.LOCK_EX)
         gc.tidy()
@@ -205,7 +245,7 @@ def test_collect_when_airflow_has_more_runs_than_it_tells_waits(site: Site, monk
 
 
 def test_collect_data_leaves_what_anything_names(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    known(monkeypatch)
+    known(monkeypatch, success=["retrain/kept", "retrain/older"])
     named = [site.object(f"named {n}") for n in range(4)]
     inside = [hashlib.md5(text.encode()).hexdigest() for text in ("x", "y")]
     folder, idle, idle_folder = site.folder("x", "y"), site.object("idle"), site.folder("y", "z")
@@ -269,7 +309,8 @@ def test_collect_refs_of_runs_in_the_git_remote_but_the_commit_of_a_version(
         pin = commits[name == "r1"]
         run = f"retrain/{name}"
         assert refs.move(site.root, {f"{workspace.RUNS}/{run}": (None, pin), f"{refs.STATES}/{run}": (None, state)})
-    known(monkeypatch, failed=["retrain/failed"], running=["retrain/running"])
+    ended_well = [f"retrain/r{number}" for number in (1, 2, 3)]
+    known(monkeypatch, success=ended_well, failed=["retrain/failed"], running=["retrain/running"])
     made = registry.Version(1, "", "", "", datetime.now(UTC), {"ballast.commit": commits[1]})
     monkeypatch.setattr(registry, "versions", lambda: [made])
     monkeypatch.setattr(gc, "_models", lambda state, days: ())
