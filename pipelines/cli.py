@@ -627,9 +627,19 @@ def _show_reproduction(found: dict[str, Any]) -> None:
 
 @app.command(epilog="Example: ballast gc --days 30 --yes")
 def gc(
-    keep: Annotated[int, typer.Option(min=0, help="Of each DAG: the workspaces of the last runs that ended well.")] = 3,
+    keep: Annotated[
+        int,
+        typer.Option(
+            min=0, envvar="BALLAST_KEEP_RUNS", help="Of each DAG: the workspaces of the last runs that ended well."
+        ),
+    ] = 3,
     days: Annotated[
-        int, typer.Option(min=0, help="For so long stay a failed run's workspace, a refused model, data nobody names.")
+        int,
+        typer.Option(
+            min=0,
+            envvar="BALLAST_KEEP_FAILED_DAYS",
+            help="For so long stay a failed run's workspace, a refused model, data nobody names.",
+        ),
     ] = 14,
     reports: Annotated[int, typer.Option(min=0, help="Evidently's reports on the last windows.")] = 12,
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without it nothing is touched.")] = False,

@@ -288,6 +288,27 @@ def test_plan_touches_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, balla
     assert "nothing can go" in ballast("gc", "--keep", "0", "--yes")[1]
 
 
+def test_gc_without_options_keeps_what_the_settings_say(
+    site: Site, monkeypatch: pytest.MonkeyPatch, ballast: Any
+) -> None:
+    known(monkeypatch, success=["retrain/r2", "retrain/r1", "retrain/r0"])
+    for name, days in {"r2": 20, "r1": 21, "r0": 22, "lost": 20}.items():
+        site.run(f"retrain/{name}", days)
+    monkeypatch.setenv("BALLAST_KEEP_RUNS", "1")
+    monkeypatch.setenv("BALLAST_KEEP_FAILED_DAYS", "21")
+
+    def named(*options: str) -> list[str]:
+        return [one["name"] for one in json.loads(ballast("gc", "--json", *options)[1])["waste"]]
+
+    assert named() == ["retrain/r1", "retrain/r0"]
+    assert named("--keep", "2", "--days", "19") == ["retrain/lost", "retrain/r0"]
+    monkeypatch.setenv("BALLAST_KEEP_RUNS", "")
+    assert named() == []
+    said = " ".join(ballast("gc", "--help")[1].split())
+    for name, default in workspace.KEEP.items():
+        assert f"[env var: {name}; default: {default};" in said
+
+
 def snapshot(site: Site) -> list[str]:
     ours = [places.var() / "runs", site.cache, places.var() / "models", places.var() / "mlflow" / "artifacts"]
     return sorted(str(path) for root in ours for path in root.rglob("*"))
