@@ -318,13 +318,17 @@ def _documented(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _token() -> str:
+    file = embedded.bridge_token_file()
     try:
-        return embedded.bridge_token_file().read_text(encoding="utf-8").strip()
+        token = file.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise BallastError(
-            f"The bridge has no token: {embedded.bridge_token_file()} cannot be read ({error.strerror}). "
+            f"The bridge has no token: {file} cannot be read ({error.strerror}). "
             "`make up` makes one, or set BALLAST_BRIDGE_TOKEN_FILE."
         ) from None
+    if not token:
+        raise BallastError(f"The bridge has no token: {file} is empty. Delete it, and `make up` makes one.")
+    return token
 
 
 def _actions() -> frozenset[str]:

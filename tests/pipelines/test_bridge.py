@@ -21,7 +21,7 @@ from benchmarks.bridge import BEARER, TOKEN, FakeAirflow, airflow
 from pipelines import embedded
 from pipelines import state as states
 from pipelines.alerts import Trigger
-from pipelines.bridge import make_app
+from pipelines.bridge import _token, make_app
 from pipelines.dagruns import Airflow
 from pipelines.errors import BallastError, TryAgain
 from pipelines.state import Alert, State
@@ -429,3 +429,13 @@ def test_connect_takes_the_airflow_of_the_environment_or_says_what_it_lacks(
     (tmp_path / "password").write_text("secret\n")
     client = embedded.connect()
     assert (client.url, client._login) == ("https://airflow.example", {"username": "bridge", "password": "secret"})
+
+
+def test_token_file_that_is_empty_is_refused_as_it_would_let_everybody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("\n")
+    monkeypatch.setenv("BALLAST_BRIDGE_TOKEN_FILE", str(file))
+    with pytest.raises(BallastError, match=f"{file} is empty"):
+        _token()
