@@ -748,6 +748,8 @@ def _engine(uri: str, pooled: bool) -> Engine:
         url = make_url(uri)
         if url.get_backend_name() == "postgresql":
             return create_engine(url, connect_args=GIVE_UP, **pool)
+        if url.get_backend_name() != "sqlite":
+            raise ArgumentError(f"It must be SQLite or PostgreSQL (found {url.get_backend_name()}).")
         if url.database:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, **pool)

@@ -124,6 +124,11 @@ def test_state_is_made_by_eight_at_once_on_postgresql(server: Server) -> None:
     assert State(where).verify() == []
 
 
+def test_state_in_another_database_is_refused() -> None:
+    with pytest.raises(BallastError, match=r"It must be SQLite or PostgreSQL \(found mysql\)"):
+        State("mysql+pymysql://db/ballast").ledger()
+
+
 def test_setting_that_eight_write_at_once_is_the_last_one_s_on_postgresql(server: Server) -> None:
     """As `ballast status` does beside a promotion: both note how far the aliases show the ledger."""
     server.run("DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
