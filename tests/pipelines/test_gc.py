@@ -185,12 +185,12 @@ def test_collect_workspaces_without_airflow_keeps_what_may_still_run(site: Site)
 def test_collect_workspaces_counts_as_ended_well_only_what_airflow_knows_as_that(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed = [f"retrain/f{number}" for number in range(PAGE + 20)]
-    days = {failed[-1]: 13, "retrain/well": 12, "retrain/forgotten": 13, "retrain/long-forgotten": 15, "deleted/r": 13}
+    failed, well = ([f"{name}{number}" for number in range(PAGE + 20)] for name in ("retrain/failed", "monitor/well"))
+    days = {failed[-1]: 13, well[-1]: 13, "retrain/forgotten": 13, "retrain/long-forgotten": 15, "deleted/r": 13}
     for name, since in days.items():
         site.run(name, since)
-    known(monkeypatch, success=["retrain/well"], failed=failed)
-    assert collect(keep=0) == ["retrain/well", "retrain/long-forgotten"]
+    known(monkeypatch, success=well, failed=failed)
+    assert collect(keep=0) == [well[-1], "retrain/long-forgotten"]
 
 
 def test_tidy_asks_airflow_back_to_the_oldest_workspace_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
