@@ -352,7 +352,7 @@ def test_image_that_does_not_come_whole_is_tried_again(site: Site) -> None:
         image = f"127.0.0.1:{registry.server_port}/stage@{digest}"
         output = site.run("land", BALLAST_STAGE_IMAGE=image)
         registry.shutdown()
-    assert "raised AirflowException: The image did not come; the task can be tried again: " in output, output
+    assert f"raised AirflowException: Pulling {image} failed; the task can be tried again: " in output, output
 
 
 @pytest.mark.skipif(
