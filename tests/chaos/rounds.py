@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
 from threading import Thread
@@ -60,18 +60,16 @@ class Cell:
     ended: str = "lost"
     tries: int = 0
     seconds: float = 0.0  # until the next step began, or the run had ended
-    problems: list[str] = field(default_factory=list)
 
     @property
     def well(self) -> bool:
-        """Whether nothing was lost, doubled or left behind."""
-        return self.ended != "lost" and not self.problems
+        """Whether its run ended, be it after being cleared."""
+        return self.ended != "lost"
 
     def row(self) -> str:
         """As a line of the table."""
         moment = f"{self.after_s:.1f} s" if self.hit else "as it ended"
-        said = self.ended + (f" · FAILED: {'; '.join(self.problems)}" if self.problems else "")
-        cells = (self.component, self.dag, self.step, moment, said, self.tries, f"{self.seconds:.0f} s")
+        cells = (self.component, self.dag, self.step, moment, self.ended, self.tries, f"{self.seconds:.0f} s")
         return "| " + " | ".join(map(str, cells)) + " |"
 
 
