@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipelines import registry, timeline
+from pipelines.errors import BallastError
 from pipelines.state import GENESIS, State, champions, head_of
 
 
@@ -19,6 +20,29 @@ def project(state: State) -> None:
 def behind(state: State) -> bool:
     """Whether the aliases were not set after the last move: the process that wrote it was killed in between."""
     return (head := state.head()) != GENESIS and state.projected() != head
+
+
+def refuse_strangers(state: State) -> None:
+    """Raise BallastError where ledger and registry are not of one another: one is empty, or of another project.
+
+    Judged by such a pair, the next challenger would take a champion's place as if there had been none.
+    """
+    standing = champions(state.ledger())
+    said = registry.aliases().get("champion")
+    model = registry.name()
+    if not standing and said:
+        raise BallastError(
+            f"The registry says that {model} v{said} is the champion, and the ledger knows of none: it was lost, or is "
+            "not this registry's. Put the state store back from a backup, or name the right one by BALLAST_STATE_URI. "
+            "(Begin anew? Delete the alias `champion` in MLflow.)"
+        )
+    there = {version.number for version in registry.versions()}
+    if standing and standing[-1] not in there:
+        raise BallastError(
+            f"The ledger says that {model} v{standing[-1]} is the champion, and the registry has no such version: it "
+            "was lost, or is not this ledger's. Put MLflow's database back from a backup, or name the right one by "
+            "MLFLOW_TRACKING_URI. (Deleted on purpose? `ballast rollback` to the champion before it.)"
+        )
 
 
 def moved_by_hand(state: State) -> str | None:

@@ -25,6 +25,7 @@ from pydantic import Field, field_validator
 from pipelines import card, metrics, params, provenance, record, registry, rows, rules, stage, timeline, tracking
 from pipelines.approval import Approval
 from pipelines.breaker import BreakerParams, read
+from pipelines.champion import refuse_strangers
 from pipelines.errors import BallastError, ParamsError, TryAgain, exit_with
 from pipelines.files import read_json
 from pipelines.params import Params
@@ -336,6 +337,7 @@ def _with_columns(
 def judge(registered: Path, tables: Path, quarantine: Path, test: Path, out: Path, settings: Path) -> dict[str, Any]:
     """Decide on the registered version against the ledger's champion; keep the record; return the step's result."""
     state, found = State(), read_json(registered)
+    refuse_strangers(state)
     ledger = state.ledger()
     gate = params.load(settings, "decide", DecideParams)
     limit = params.load(settings, "breaker", BreakerParams).refusals

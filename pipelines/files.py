@@ -123,9 +123,15 @@ class Damaged(BallastError, ValueError):
     """A file is not as it was written."""
 
 
+class Missing(BallastError, FileNotFoundError):
+    """A file that an earlier step writes is not there."""
+
+
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raise Damaged if it is not whole."""
+    """Read a JSON file; raise Damaged if it is not whole, and Missing if there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Missing(f"{path} is not there. Run the step that writes it.") from None
     except ValueError as error:
         raise Damaged(f"{path} is no whole JSON ({error}). Delete it, and run again the step that writes it.") from None

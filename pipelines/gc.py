@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipelines import approval, embedded, places, refs, registry, timeline, workspace
+from pipelines import approval, cache, embedded, places, refs, registry, timeline, workspace
 from pipelines.dagruns import ACTIVE, PAGE, Airflow
-from pipelines.errors import TryAgain, exit_with
+from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.state import State, moves
 from pipelines.workspace import git, lock_file, name_of
 
@@ -104,7 +104,7 @@ def tidy() -> None:
         if runs.ended is None:
             return
         for waste in _workspaces(runs, spaces, *workspace.retention()):
-            with suppress(FileNotFoundError, BlockingIOError), lock_file(waste.paths[0]).open() as file:
+            with suppress(FileNotFoundError, BlockingIOError), lock_file(waste.paths[-1]).open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a step that comes now is told: workspace.owned
                 _remove(waste)
 
@@ -139,7 +139,17 @@ def _workspaces(runs: Runs, spaces: Mapping[str, Path], keep: int, days: int) ->
         yield Waste("workspace", f"{left.parent.name}/{left.name}", "left behind by a kill", _size(left), [left])
     idle = {name: (time.time() - _touched(space)) / DAY_S for name, space in spaces.items() if not _is_held(space)}
     for name, why in runs.over(idle, keep, days):
-        yield Waste("workspace", name, why, _size(spaces[name]), [spaces[name]])
+        paths = [*_beside(spaces[name]), spaces[name]]
+        yield Waste("workspace", name, why, sum(map(_size, paths)), paths)
+
+
+def _beside(space: Path) -> Iterator[Path]:
+    """What DVC keeps of a workspace outside of it: a database of the sizes and times that it has seen."""
+    from dvc.exceptions import DvcException
+
+    if (space / ".dvc" / "tmp" / "btime").exists():  # DVC has been there
+        with suppress(DvcException, BallastError), cache.opened(space) as repo:
+            yield Path(repo.site_cache_dir)
 
 
 def _refs(runs: Runs, states: Mapping[str, tuple[str, float]], keep: int, days: int) -> Iterator[Waste]:
@@ -253,12 +263,12 @@ def _reports(keep: int) -> Iterator[Waste]:
 
 def _data(gone: set[Path], without: set[int | None], days: int) -> list[Waste]:
     """The objects of DVC's cache that no dvc.lock names; the youngest may be of a stage that is yet to record them."""
-    cache = workspace.cache(places.ROOT) / "files" / "md5"
-    needed = _needed(cache, gone, without)
+    objects = workspace.cache_of(places.ROOT) / "files" / "md5"
+    needed = _needed(objects, gone, without)
     born_before = time.time() - max(days, 1) * DAY_S
     idle = [
         path
-        for path in cache.glob("[0-9a-f][0-9a-f]/*")
+        for path in objects.glob("[0-9a-f][0-9a-f]/*")
         if path.parent.name + path.name not in needed and path.stat().st_mtime < born_before
     ]
     # Lists of files first: one that is still there promises its files.
@@ -268,15 +278,23 @@ def _data(gone: set[Path], without: set[int | None], days: int) -> list[Waste]:
     return [Waste("data", f"{len(idle):,} objects of the DVC cache", why, size, idle)] if idle else []
 
 
-def _needed(cache: Path, gone: set[Path], without: set[int | None]) -> set[str]:
+def _needed(objects: Path, gone: set[Path], without: set[int | None]) -> set[str]:
     """What a dvc.lock names, of a workspace that stays, a version or a commit; and the files of its folders."""
     texts = [path.read_bytes() for path in _locks() if not gone & set(path.parents)]
     texts += [kept for one in registry.versions() if one.number not in without and (kept := _kept(one))]
     texts += list(_committed())
     found = {md5.decode() for text in texts for md5 in MD5.findall(text)}
     for folder in [name for name in found if name.endswith(".dir")]:
-        with suppress(FileNotFoundError):
-            found |= {entry["md5"] for entry in json.loads((cache / folder[:2] / folder[2:]).read_bytes())}
+        listed = objects / folder[:2] / folder[2:]
+        try:
+            found |= {entry["md5"] for entry in json.loads(listed.read_bytes())}
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            raise BallastError(
+                f"{listed} is damaged: which files are needed cannot be told, so nothing is removed. "
+                "`dvc pull` after deleting it, or a new run of its stage, brings it back."
+            ) from None
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pipelines import card, provenance, registry, stage, tracking
+from pipelines import card, champion, provenance, registry, stage, tracking
 from pipelines.errors import BallastError, exit_with
 from pipelines.files import read_json
 from pipelines.state import State
@@ -30,11 +30,12 @@ def register(train: Path, evaluate: Path, prepare: Path, settings: Path) -> dict
         raise BallastError(
             f"{evaluate} measured model {measured[:12]}, and {folder} is {digest[:12]}. Run evaluate again."
         )
+    champion.refuse_strangers(state := State())
     trained = read_json(train / "result.json")
     run_id = tracking.complete_run(tracking.EXPERIMENT, digest, _evidence(trained, train, evaluate, prepare, settings))
     tags = {**_origin(schema), **_refit(trained)}
     version, created = registry.register(folder, features, digest, provenance.data_lock(), run_id, tags)
-    card.keep(version.number, State())
+    card.keep(version.number, state)
     name = registry.name()
     return {
         "summary": f"{name} v{version.number}" + ("" if created else " · known: the same model of the same data"),

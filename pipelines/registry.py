@@ -300,6 +300,8 @@ def aliases() -> dict[str, int]:
             if "no such table" in str(error):  # the server is just making its tables
                 return {}
             raise TryAgain(f"MLflow's database {file} cannot be read now ({error}). Try again.") from None
+        except sqlite3.DatabaseError as error:
+            raise BallastError(f"MLflow's database {file} is damaged: {error}. Put it back from a backup.") from None
     with speaking():
         found = client().search_registered_models(f"name = '{name()}'")
         return {alias: int(number) for model in found for alias, number in model.aliases.items()}

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from pipelines import cache
 from pipelines.errors import BallastError, TryAgain
 from pipelines.places import travels
 from pipelines.workspace import run_cache_alone
@@ -40,10 +41,8 @@ class Remote:
     @contextmanager
     def of(cls, root: Path) -> Iterator[Self]:
         """The remote of the workspace ``root``, which is the working directory."""
-        from dvc.repo import Repo
-
         logging.getLogger("dvc").setLevel(logging.WARNING)
-        with Repo(str(root)) as repo:
+        with cache.opened(root) as repo:
             made = cls(repo)
             with made._serving():
                 yield made
@@ -90,11 +89,14 @@ class Remote:
         self._fetch_objects(self._files(outs))
 
     def _fetch_objects(self, hashes: set[str]) -> None:
-        if lacking := sorted(hashes - set(self._cache.oids_exist(hashes))):
+        if lacking := sorted(hashes - cache.whole(self._cache, hashes)):
             paths = [self._odb.oid_to_path(one) for one in lacking]
             self._cache.add(paths, self._odb.fs, lacking, check_exists=False, verify=True)
             if damaged := set(lacking) - set(self._cache.oids_exist(lacking)):
-                raise OSError(f"other bytes came than those of the hash {damaged.pop()}")
+                where = self._odb.oid_to_path(damaged.pop())
+                raise OSError(
+                    f"{where} holds other bytes than its name says. Delete it there: what made it sends it anew"
+                )
 
     def _files(self, outs: Iterable[Output]) -> set[str]:
         """The hashes of the files of the outs, whose lists are in the cache."""

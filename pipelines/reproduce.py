@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pipelines import places, refs, registry
+from pipelines import cache, places, refs, registry
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import md5, read_json, sha256
 from pipelines.processes import die_with_parent
@@ -239,11 +239,13 @@ def _take_data(number: int, stages: Mapping[str, Any], root: Path) -> dict[str, 
     made = {out["path"]: out["md5"] for name, entry in stages.items() if name not in STAGES for out in entry["outs"]}
     deps = {dep["path"]: dep["md5"] for name in STAGES for dep in stages[name]["deps"]}
     wanted = {path: md5 for path, md5 in deps.items() if path in made}
+    cache.lacking(root, wanted.values())  # what is damaged goes: DVC would believe it
     failed = _dvc(root, "checkout", *wanted) and _dvc(root, "pull", *wanted)
-    if failed or not all((root / path).exists() for path in wanted):
+    if failed or not all((root / path).exists() for path in wanted) or cache.lacking(root, wanted.values()):
         listed = ", ".join(f"{path} ({md5})" for path, md5 in wanted.items())
         raise BallastError(
-            f"The data of v{number} is in neither the DVC cache nor the remote: {listed}. DVC says: {failed.strip()} "
+            f"The data of v{number} is in neither the DVC cache nor the remote, or is damaged in both: {listed}. "
+            f"DVC says: {failed.strip() or 'nothing'}. "
             "Pull it into the cache where it still is (`dvc push` there, or copy .dvc/cache)."
         )
     return wanted

@@ -24,12 +24,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipelines import container, travel
+from pipelines import cache, container, travel
 from pipelines.errors import BallastError, TryAgain, exit_with
 from pipelines.files import md5, read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, travels, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, check_seal, note_step, owned, run_cache_alone, seal, using
+from pipelines.workspace import Workspace, broken_seal, check_seal, note_step, owned, run_cache_alone, seal, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -89,14 +89,13 @@ def _links(env: dict[str, str]) -> dict[str, Any]:
 
 def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
     """Run a DVC stage; return whether it was cached. Afterwards its outs are in the cache and in dvc.lock."""
-    from dvc.repo import Repo
-
     logging.getLogger("dvc").setLevel(logging.WARNING)
     os.chdir(root)  # DVC reads the names of stages relative to it
-    with Repo(str(root)) as repo:
+    with cache.opened(root) as repo:
         # One stage object for all: DVC takes a third of a second to read its files, which it does for each.
         stage = repo.stage.load_one(name=name)
         with repo.lock:
+            _check_inputs(root, stage)
             unchanged = not stage.changed()
             cached = unchanged or _restore(repo, stage)
         if cached:
@@ -110,16 +109,34 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
 
 
 def _restore(repo: Repo, stage: PipelineStage) -> bool:
-    """Take the stage's outs from the run cache. What a killed run left of them must not be in the way."""
+    """Take the stage's outs from the run cache, if all come out as they went in: DVC itself does not look.
+
+    What a killed run left of them must not be in the way.
+    """
     from dvc.stage.cache import RunCacheNotFoundError
 
     stage.remove_outs(ignore_remove=False)
     try:
         with run_cache_alone(repo.stage_cache.cache_dir):
+            cache.drop_torn_entries(repo.stage_cache, stage)
             repo.stage_cache.restore(stage)
     except RunCacheNotFoundError:
         return False
-    return True
+    if all(out.exists for out in stage.outs) and _whole_in_cache(repo, stage):
+        return True
+    print(f"what the cache has of {stage.name} is damaged: it runs again", flush=True)
+    stage.remove_outs(ignore_remove=False)
+    return False
+
+
+def _whole_in_cache(repo: Repo, stage: PipelineStage) -> bool:
+    """Whether the cache has what a stage's outs consist of, and whole; what is damaged is removed.
+
+    DVC does not hash what it has laid out itself: a file is what the object was that it is a copy of.
+    """
+    stage.save(run_cache=False)
+    wanted = cache.objects(out.obj for out in stage.outs)
+    return cache.whole(repo.cache.local, wanted) == wanted
 
 
 def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
@@ -129,7 +146,7 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
     part.write_bytes(lock_file.read_bytes() if lock_file.exists() else b"")
     part.replace(guard)
     with repo.lock:
-        stage.save(run_cache=False)
+        _whole_in_cache(repo, stage)  # a damaged object of equal outs would stay
         stage.commit()
         with run_cache_alone(repo.stage_cache.cache_dir):
             repo.stage_cache.save(stage)
@@ -141,35 +158,51 @@ def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
 def _heal(root: Path) -> None:
     """Undo what a kill may have left of the files that DVC writes in place; nobody else works here now.
 
-    A guard left behind means that a commit was killed: what dvc.lock said before it holds. DVC's own list of who reads
-    and writes what may be half-written, or name a process id that another process has by now.
+    A guard left behind means that a commit was killed: unless dvc.lock is as it was sealed, what it said before holds.
+    DVC's own list of who reads and writes what may be half-written, or name a process id that another process has by
+    now.
     """
     (root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
-    guard = root / ".dvc" / "tmp" / "dvc.lock.before"
+    guard, lock = root / ".dvc" / "tmp" / "dvc.lock.before", root / "dvc.lock"
     if guard.exists():
-        if not guard.stat().st_size:  # there was none
-            (root / "dvc.lock").unlink(missing_ok=True)
-            seal(root)
-            guard.unlink()
-        else:
-            seal(root, guard)
-            guard.replace(root / "dvc.lock")
+        if broken_seal(root) == lock:
+            guard.replace(lock)
+            if not lock.stat().st_size:  # there was none
+                lock.unlink()
+        guard.unlink(missing_ok=True)
 
 
-def _check_outs(root: Path) -> None:
-    """Raise BallastError where a file that a stage left is no longer as dvc.lock has it; folders check themselves."""
+def _made(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """What the stages have left so far, by dvc.lock: each file or folder, its stage, and DVC's hash of it."""
     import yaml
 
     lock = root / "dvc.lock"
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     for name, stage in stages.items():
         for out in stage.get("outs", ()):
-            path = root / out["path"]
-            if path.is_file() and md5(path) != out.get("md5"):
-                raise BallastError(
-                    f"{path} is not as `{name}` left it: cut short, or changed by hand. Clear `{name}` and what comes "
-                    "after it: it comes back from the cache."
-                )
+            yield root / out["path"], name, out.get("md5", "")
+
+
+def _check_inputs(root: Path, stage: PipelineStage) -> None:
+    """Raise BallastError where an input of a stage is no longer as the stage that makes it left it."""
+    deps = {root / dep.def_path: dep for dep in stage.deps}
+    for path, name, md5_of_it in _made(root):
+        if path in deps and path.exists() and deps[path].get_hash().value != md5_of_it:
+            raise _changed(path, name)
+
+
+def _check_outs(root: Path) -> None:
+    """Raise BallastError where a file that a stage left is no longer as dvc.lock has it; folders check themselves."""
+    for path, name, md5_of_it in _made(root):
+        if path.is_file() and md5(path) != md5_of_it:
+            raise _changed(path, name)
+
+
+def _changed(path: Path, stage: str) -> BallastError:
+    return BallastError(
+        f"{path} is not as `{stage}` left it: cut short, or changed by hand. Clear `{stage}` and what comes after it: "
+        "it comes back from the cache."
+    )
 
 
 def _run_line(stage: str, line: str, root: Path, env: dict[str, str], lock: int) -> None:

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pipelines import params, places
+from pipelines import cache, params, places
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import locked, read_json, sha256, whole_folder, write_json
 from pipelines.places import ROOT, var
@@ -126,26 +126,34 @@ def tidy_beside(root: Path) -> None:
         subprocess.Popen([sys.executable, "-m", "pipelines.gc"], cwd=places.ROOT, start_new_session=True, **quiet)
 
 
-def seal(root: Path, lock: Path | None = None) -> None:
-    """Note what params.yaml and dvc.lock (or ``lock`` in its place) hold: nothing but the run's own steps changes them.
+def seal(root: Path) -> None:
+    """Note what the files hold that nothing but the run's own steps changes.
 
-    Cut short, both may still be read, and say something else.
+    Cut short they may still be read, and say something else.
     """
-    files = {"params.yaml": root / "params.yaml", "dvc.lock": lock or root / "dvc.lock"}
-    write_json(root / SEAL, {name: sha256(file) for name, file in files.items() if file.exists()})
+    files = ("params.yaml", ".dvc/config.local", "dvc.lock")
+    write_json(root / SEAL, {name: sha256(root / name) for name in files if (root / name).exists()})
+
+
+def broken_seal(root: Path) -> Path | None:
+    """The first of the files that is not as ``seal`` noted it."""
+    if not (root / SEAL).exists():  # the workspace of an older Ballast
+        return None
+    noted = {"dvc.lock": None, **read_json(root / SEAL)}
+    return next((root / name for name, digest in noted.items() if digest != _digest(root / name)), None)
+
+
+def _digest(file: Path) -> str | None:
+    return sha256(file) if file.exists() else None
 
 
 def check_seal(root: Path) -> None:
-    """Raise BallastError if params.yaml or dvc.lock is not as ``seal`` noted it."""
-    if not (root / SEAL).exists():  # the workspace of an older Ballast
-        return
-    for name, noted in read_json(root / SEAL).items():
-        file = root / name
-        if not file.exists() or sha256(file) != noted:
-            raise BallastError(
-                f"{file} is not as the run's steps left it: cut short, or changed by hand. Remove {root} and clear the "
-                f"run from its first task on: what was done comes from the cache. (Meant? Remove {root / SEAL}.)"
-            )
+    """Raise BallastError if one of the files is not as ``seal`` noted it."""
+    if file := broken_seal(root):
+        raise BallastError(
+            f"{file} is not as the run's steps left it: cut short, or changed by hand. Remove {root} and clear the "
+            f"run from its first task on: what was done comes from the cache. (Meant? Remove {root / SEAL}.)"
+        )
 
 
 def lock_file(root: Path) -> Path:
@@ -315,7 +323,7 @@ def share_cache(origin: Path, root: Path) -> None:
     """Share the origin's cache and remote: ``config.local`` does not travel, and relative paths would not hold."""
     config = configparser.ConfigParser()
     config["core"] = {"site_cache_dir": str(var() / "dvc-site")}
-    config["cache"] = {"dir": str(cache(origin))}
+    config["cache"] = {"dir": str(cache_of(origin))}
     config[f"'remote \"{REMOTE}\"'"] = {"url": places.dvc_remote()}
     if os.environ.get("BALLAST_DVC_REMOTE"):
         config["core"]["remote"] = REMOTE
@@ -323,11 +331,10 @@ def share_cache(origin: Path, root: Path) -> None:
         config.write(file)
 
 
-def cache(origin: Path) -> Path:
+def cache_of(origin: Path) -> Path:
     """Where the DVC cache of a checkout lies."""
-    from dvc.repo import Repo
-
-    return Path(Repo(str(origin)).cache.local.path.removesuffix("/files/md5"))
+    with cache.opened(origin) as repo:
+        return Path(repo.cache.local.path.removesuffix("/files/md5"))
 
 
 def _set_as_of(file: Path, as_of: date) -> None:

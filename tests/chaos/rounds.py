@@ -24,6 +24,7 @@ import pandas as pd
 import psutil
 import yaml
 
+from pipelines import places, workspace
 from pipelines.dagruns import ENDED, Run
 from pipelines.errors import BallastError, TryAgain
 from pipelines.run import STAGES
@@ -46,6 +47,7 @@ FIRST, EVERY = date(2024, 3, 20), timedelta(days=5)  # the as-of dates of the ro
 WINDOW = timedelta(days=4)
 LOST_S = 420.0  # nothing has happened for so long: it never will
 LOOK_S, ASK_S = 0.05, 3.0
+UNSAID = "its log has no error"
 
 
 @dataclass
@@ -63,8 +65,8 @@ class Cell:
 
     @property
     def well(self) -> bool:
-        """Whether its run ended, be it after being cleared."""
-        return self.ended != "lost"
+        """Whether its run ended, be it after being cleared for a reason that its log gives."""
+        return self.ended != "lost" and UNSAID not in self.ended
 
     def row(self) -> str:
         """As a line of the table."""
@@ -177,7 +179,7 @@ class Round:
                 words = [
                     str(event.get("error_detail", [{}])[0].get("exc_value", "")) or event["event"] for event in said
                 ]
-                return f"{task.task_id}: {words[-1] if words else 'its log has no error'}"
+                return f"{task.task_id}: {words[-1] if words else UNSAID}"
         return "no task failed"
 
     def _kill(self, component: str, dag: str, step: str, runner: psutil.Process, typical: float) -> None:
@@ -287,8 +289,15 @@ def residue(topology: Topology) -> list[str]:
             if any(word.startswith("pipelines.") for word in words) and process.cwd().startswith(str(topology.root)):
                 left.append(f"process {' '.join(words[2:4])}")
     for path in topology.root.glob("project/**/*"):
-        if path.name.endswith((".part", ".old", ".tmp")) or path.name == "dvc.lock.before":
+        ours = path.name.endswith((".part", ".old", ".tmp")) or path.name == "dvc.lock.before"
+        of_git = path.suffix == ".lock" and ".git" in path.parts
+        of_dvc = path.name == "rwlock" and path.read_text() not in ("", "{}")
+        if ours or of_git or of_dvc:
             left.append(str(path.relative_to(topology.project)))
+    known = topology.airflow.runs(("queued", "running", *ENDED))
+    theirs = {workspace.root_of(run.dag_id, run.run_id).relative_to(places.var()) for run in known}
+    spaces = {path.relative_to(topology.var) for path in topology.var.glob("runs/*/*")}
+    left += [f"{space} is of no run" for space in spaces - theirs]
     # Python's own for a server of several processes is no step's.
     left += [f"TMPDIR/{path.name}" for path in (topology.root / "tmp").iterdir() if not path.name.startswith("pymp-")]
     return left

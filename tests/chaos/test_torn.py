@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines.checkpoint import Checkpoint
 
@@ -13,12 +15,14 @@ from .rounds import FIRST, RETRAIN, WINDOW
 from .site import LATER, LOOP, Site
 
 
-def tear(path: Path) -> bytes:
-    """Cut a file in half, as it lies; return what it was."""
-    whole = path.read_bytes()
+def tear(path: Path, share: float = 0.5) -> bytes:
+    """Cut a file in half, as it lies; return what it was. One that is write-protected stays so."""
+    whole, mode = path.read_bytes(), path.stat().st_mode
     assert len(whole) > 1
+    path.chmod(0o644)
     with path.open("r+b") as file:
-        file.truncate(len(whole) // 2)
+        file.truncate(int(share * len(whole)))
+    path.chmod(mode)
     return whole
 
 
@@ -44,8 +48,12 @@ def again(site: Site, run: str, step: str) -> object:
 
 # The file, the step that meets it, what that says, and the steps that are the remedy.
 SAID: list[tuple[str, str, str, str, Sequence[str]]] = [
-    ("retrain", "data/prepare/train.parquet", "train", "train.parquet cannot be read", ["prepare"]),
-    ("retrain", "data/land/manifest.json", "ingest", "manifest.json is no whole JSON", ["land"]),
+    ("retrain", "data/land/manifest.json", "ingest", "manifest.json is not as `land` left it", ["land"]),
+    ("retrain", "data/ingest/tables", "validate", "tables is not as `ingest` left it", ["ingest"]),
+    ("retrain", "data/validate/quarantine", "prepare", "quarantine is not as `validate` left it", ["validate"]),
+    ("retrain", "data/prepare/train.parquet", "train", "train.parquet is not as `prepare` left it", ["prepare"]),
+    ("retrain", "data/prepare/schema.json", "train", "schema.json is not as `prepare` left it", ["prepare"]),
+    ("retrain", "data/train/model/model.skops", "evaluate", "model is not as `train` left it", ["train"]),
     ("retrain", "data/train/history.csv", "register", "history.csv is not as `train` left it", ["train"]),
     ("retrain", "data/train/model/model.skops", "register", "Changed since the model was written", ["train"]),
     ("retrain", "data/evaluate/metrics.json", "register", "metrics.json is not as `evaluate` left it", ["evaluate"]),
@@ -56,12 +64,13 @@ SAID: list[tuple[str, str, str, str, Sequence[str]]] = [
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("run", "name", "step", "said", "remedy"), SAID, ids=[case[1] for case in SAID])
+@pytest.mark.parametrize(("run", "name", "step", "said", "remedy"), SAID, ids=[f"{case[1]}-{case[2]}" for case in SAID])
 def test_torn_file_of_a_workspace_is_named_with_the_remedy(
     site: Site, run: str, name: str, step: str, said: str, remedy: Sequence[str]
 ) -> None:
     before = again(site, run, step)
-    tear(site.workspace(run, run) / name)
+    found = site.workspace(run, run) / name
+    tear(found if found.is_file() else next(file for file in sorted(found.rglob("*")) if file.is_file()))
     done = site.attempt(run, run, step, AS_OF[run])
     assert done.returncode == 1
     assert said in done.stderr
@@ -72,7 +81,7 @@ def test_torn_file_of_a_workspace_is_named_with_the_remedy(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("name", ["params.yaml", "dvc.lock"])
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.lock", ".dvc/config.local"])
 def test_torn_settings_or_lock_of_a_workspace_stop_every_step(site: Site, name: str) -> None:
     """Half of either may well be readable, and mean something else."""
     file = site.workspace("retrain", "retrain") / name
@@ -80,7 +89,7 @@ def test_torn_settings_or_lock_of_a_workspace_stop_every_step(site: Site, name: 
     for step in ("train", "register"):
         done = site.attempt("retrain", "retrain", step, None)
         assert done.returncode == 1
-        assert "as the run's steps left it" in done.stderr or "params.yaml" in done.stderr
+        assert "as the run's steps left it" in done.stderr or name in done.stderr
         assert "Traceback" not in done.stderr
     file.write_bytes(whole)
     again(site, "retrain", "register")
@@ -147,13 +156,70 @@ def test_torn_decision_record_promotes_nothing(site: Site) -> None:
     assert site.step("retrain", "later", "promote", AS_OF["later"])["verdict"] == "promoted"
 
 
+DATA = ("land", "ingest", "validate", "prepare")
+# Which files of DVC's cache, and the stages that meet one of them.
+CACHE: dict[str, tuple[Callable[[Path], bool], set[str]]] = {
+    "objects": (lambda file: "files" in file.parts and file.suffix != ".dir", set(DATA)),
+    "lists-of-folders": (lambda file: file.suffix == ".dir", {"land", "ingest", "validate"}),
+    "run-cache": (lambda file: "runs" in file.parts and file.suffix != ".lock", set(DATA)),
+}
+
+
+def outs(site: Site, run: str) -> dict[str, object]:
+    """What the stages of the data made in a run, by its dvc.lock."""
+    stages = yaml.safe_load((site.workspace("retrain", run) / "dvc.lock").read_text())["stages"]
+    return {step: stages[step]["outs"] for step in DATA}
+
+
 @pytest.mark.chaos
-def test_torn_state_store_is_said_to_be_damaged(site: Site) -> None:
-    whole = tear(site.var / "state.db")
-    done = site.attempt("retrain", "retrain", "decide", AS_OF["retrain"])
+@pytest.mark.parametrize("kind", CACHE)
+def test_torn_cache_is_not_believed_and_whole_again_after_a_run(site: Site, kind: str) -> None:
+    """Every file of a kind in DVC's cache; a new run of the same date would take all of it."""
+    (chosen, meet) = CACHE[kind]
+    kept = [file for file in (site.root / ".dvc" / "cache").rglob("*") if file.is_file() and chosen(file)]
+    assert len(kept) > 1
+    for file in kept:
+        tear(file)
+    for run, made in ((f"{kind}-torn", meet), (f"{kind}-mended", {"land"})):
+        found = {step for step in DATA if not site.step("retrain", run, step, str(FIRST))["cached"]}
+        assert found == made
+        assert outs(site, run) == outs(site, "retrain")
+
+
+@pytest.mark.chaos
+def test_torn_database_of_dvc_is_named_and_of_no_loss(site: Site) -> None:
+    for file in (site.root / "site").rglob("*.db"):
+        tear(file)
+    done = site.attempt("retrain", "without-database", "land", str(FIRST))
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    assert "is damaged" in done.stderr
-    (site.var / "state.db").write_bytes(whole)
+    assert f"is damaged: database disk image is malformed. Delete {site.root / 'site' / 'repo'}" in done.stderr
+    shutil.rmtree(site.root / "site" / "repo")
+    for step in DATA:
+        site.step("retrain", "without-database", step, str(FIRST))
+    assert outs(site, "without-database") == outs(site, "retrain")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", ["state.db", "mlflow/mlflow.db"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_torn_database_judges_nothing(site: Site, name: str, share: float) -> None:
+    """An emptied one is a new one to SQLite: with no champion in it, any challenger would take the place."""
+    file = site.var / name
+    again(site, "retrain", "register")
+    whole = tear(file, share)
+    for beside in (file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")):
+        beside.unlink(missing_ok=True)
+    try:
+        for step in ("decide", "register"):
+            done = site.attempt("retrain", "retrain", step, AS_OF["retrain"])
+            assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+            assert "from a backup" in done.stderr
+    finally:
+        for left in file.parent.glob(f"{file.name}*"):
+            left.unlink()
+        file.write_bytes(whole)
+    again(site, "retrain", "register")
+    again(site, "retrain", "decide")
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])

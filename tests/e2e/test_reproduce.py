@@ -92,7 +92,10 @@ def test_reproduce_gives_every_bit_again_and_touches_nothing(tmp_path: Path) -> 
     assert (site.state(), len(list(scratch.iterdir()))) == (before, 1)
 
     site.python("-m", "dvc", "push")
-    shutil.rmtree(site.root / ".dvc" / "cache" / "files")
+    for kept in (site.root / ".dvc" / "cache" / "files").glob("md5/*/*"):  # damaged, and write-protected as it was
+        kept.chmod(0o644)
+        os.truncate(kept, kept.stat().st_size // 2)
+        kept.chmod(0o444)
     out, _ = site.reproduce()
     assert "IDENTICAL" in out
     assert list(scratch.iterdir()) == []

@@ -193,6 +193,25 @@ def test_collect_workspaces_counts_as_ended_well_only_what_airflow_knows_as_that
     assert collect(keep=0) == [well[-1], "retrain/long-forgotten"]
 
 
+def test_collect_workspace_takes_along_what_dvc_keeps_of_it_elsewhere(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_SITE_CACHE_DIR", raising=False)
+    known(monkeypatch)
+    for name in ("over", "young"):
+        space = workspace.root_of("d", name)
+        workspace.clone(site.root, "HEAD", space)
+        (space / ".dvc").mkdir(exist_ok=True)
+        workspace.share_cache(site.root, space)
+        workspace.found(space, "HEAD", name, None)
+        assert workspace.cache_of(space)  # DVC opens it
+        age(space, 30 if name == "over" else 1)
+    kept = places.var() / "dvc-site" / "repo"
+    assert len(list(kept.iterdir())) == 2
+    assert collect() == ["d/over"]
+    assert len(list(kept.iterdir())) == 1
+
+
 def test_tidy_asks_airflow_back_to_the_oldest_workspace_only(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = known(monkeypatch, running=["retrain/new"], success=[f"retrain/r{number}" for number in range(5 * PAGE)])
     for name in ("new", "r0", "r1"):
@@ -265,6 +284,18 @@ def test_collect_data_leaves_what_anything_names(site: Site, monkeypatch: pytest
     assert not space.exists()
     assert [site.has(name) for name in (*named, folder, *inside, young)] == [True] * 8
     assert [site.has(name) for name in (idle, idle_folder, hashlib.md5(b"z").hexdigest())] == [False] * 3
+
+
+def test_collect_where_the_list_of_a_folder_is_damaged_removes_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known(monkeypatch)
+    folder, stray = site.folder("a", "b"), site.object("stray")
+    (site.root / "dvc.lock").write_text(lock(folder))
+    (site.cache / folder[:2] / folder[2:]).write_text('[{"md5": "12')
+    with pytest.raises(BallastError, match="is damaged: which files are needed cannot be told"):
+        gc.collect(2, 14, 2)
+    assert site.has(stray)
 
 
 def test_plan_touches_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, ballast: Any) -> None:

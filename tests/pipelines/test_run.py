@@ -352,12 +352,12 @@ def test_run_that_fails_leaves_no_bytecode_which_a_full_disk_may_have_cut_short(
     assert not half.parent.exists()
 
 
-@pytest.mark.parametrize("name", ["params.yaml", "dvc.lock"])
+@pytest.mark.parametrize("name", ["params.yaml", "dvc.lock", ".dvc/config.local"])
 def test_run_whose_settings_or_lock_are_not_as_it_left_them_is_refused(project: Project, name: str) -> None:
     result_of(project.run("land"))
     file = project.workspace() / name
     whole = file.read_text()
-    file.write_text(whole + "other: 1\n")
+    file.write_text(whole + "\n")
     done = project.run("train")
     assert done.returncode == 1
     assert f"{file} is not as the run's steps left it" in done.stderr
@@ -375,6 +375,60 @@ def test_run_after_a_killed_commit_restores_the_lock_file(project: Project) -> N
     (root / ".dvc" / "tmp" / "rwlock").write_text('{"half":')
     result_of(project.run("train"))
     assert (root / "dvc.lock").read_text().startswith(whole.rstrip())
+
+
+def test_run_after_a_commit_that_was_killed_at_its_end_keeps_the_lock_file(project: Project) -> None:
+    result_of(project.run("land"))
+    guard, lock = project.workspace() / ".dvc" / "tmp" / "dvc.lock.before", project.workspace() / "dvc.lock"
+    guard.write_text("")
+    result_of(project.run("train"))
+    assert {"land", "train"} == set(yaml.safe_load(lock.read_text())["stages"])
+    assert not guard.exists()
+
+
+def test_run_after_a_killed_commit_whose_guard_is_damaged_too_is_refused(project: Project) -> None:
+    result_of(project.run("land"))
+    lock = project.workspace() / "dvc.lock"
+    whole = lock.read_text()
+    (project.workspace() / ".dvc" / "tmp" / "dvc.lock.before").write_text(whole[:40])
+    lock.write_text(whole[:50])
+    done = project.run("train")
+    assert f"{lock} is not as the run's steps left it" in done.stderr
+
+
+def test_run_whose_input_is_not_as_its_stage_left_it_is_refused(project: Project) -> None:
+    result_of(project.run("land"))
+    file = project.workspace() / "data" / "land" / "result.json"
+    file.write_text("{}")
+    done = project.run("train")
+    assert done.returncode == 1
+    assert f"{file} is not as `land` left it" in done.stderr
+    assert project.times("train") == 0
+    assert result_of(project.run("land"))["cached"] is True
+    result_of(project.run("train"))
+
+
+def tear(file: Path) -> None:
+    """Cut a file in half; it stays write-protected, if it is."""
+    mode = file.stat().st_mode
+    file.chmod(0o644)
+    os.truncate(file, file.stat().st_size // 2)
+    file.chmod(mode)
+
+
+@pytest.mark.parametrize("kind", ["files/md5", "runs"])
+def test_run_takes_no_damaged_out_from_the_cache_and_mends_it(project: Project, kind: str) -> None:
+    result_of(project.run("land"))
+    whole = (project.workspace() / "data" / "land" / "result.json").read_text()
+    kept = [file for file in (project.root / ".dvc" / "cache" / kind).rglob("*") if file.is_file()]
+    kept = [file for file in kept if not file.name.endswith(".lock")]
+    assert len(kept) == 1
+    tear(kept[0])
+    assert result_of(project.run("land", "r2"))["cached"] is False
+    assert result_of(project.run("land", "r3"))["cached"] is True
+    assert project.times("land") == 2
+    for run in ("r2", "r3"):
+        assert (project.workspace(run) / "data" / "land" / "result.json").read_text() == whole
 
 
 class Asked(NamedTuple):
