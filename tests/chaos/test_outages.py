@@ -66,6 +66,8 @@ def test_store_away_for_a_minute_is_waited_for(stack: Topology) -> None:
             played.back.join()
     assert len(played.cells) == len(STEPS)
     assert all(cell.ended in ("went on", "tried again") for cell in played.cells), "no run failed"
+    waited = {cell.step: cell.seconds for cell in played.cells}
+    assert waited["register"] > AWAY_S - 10, "it sends the model, so it cannot have ended before the store was back"
     after = found(stack)
     assert (after["champion"], after["problems"], residue(stack)) == (1, [], [])
 
