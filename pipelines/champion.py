@@ -27,21 +27,21 @@ def refuse_strangers(state: State) -> None:
 
     Judged by such a pair, the next challenger would take a champion's place as if there had been none.
     """
-    standing = champions(state.ledger())
-    said = registry.aliases().get("champion")
-    model = registry.name()
+    model, said = registry.name(), registry.aliases().get("champion")
+    standing = champions(state.ledger())  # after the aliases, which come second where a champion moves
     if not standing and said:
         raise BallastError(
             f"The registry says that {model} v{said} is the champion, and the ledger knows of none: it was lost, or is "
             "not this registry's. Put the state store back from a backup, or name the right one by BALLAST_STATE_URI. "
-            "(Begin anew? Delete the alias `champion` in MLflow.)"
+            f"(Lost for good? `ballast promote {said} --force --reason TEXT` begins a new one.)"
         )
     there = {version.number for version in registry.versions()}
     if standing and standing[-1] not in there:
         raise BallastError(
             f"The ledger says that {model} v{standing[-1]} is the champion, and the registry has no such version: it "
             "was lost, or is not this ledger's. Put MLflow's database back from a backup, or name the right one by "
-            "MLFLOW_TRACKING_URI. (Deleted on purpose? `ballast rollback` to the champion before it.)"
+            "MLFLOW_TRACKING_URI. (Deleted on purpose? Name another champion: `ballast rollback`, or "
+            "`ballast promote VERSION --force`.)"
         )
 
 

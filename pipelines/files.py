@@ -29,6 +29,15 @@ def md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
+def dvc_md5(path: Path) -> str:
+    """DVC's hash of a file or of a folder: of this the MD5 of the list of its files, and a mark."""
+    if path.is_file():
+        return md5(path)
+    names = sorted(one.relative_to(path).as_posix() for one in path.rglob("*") if one.is_file())
+    listed = json.dumps([{"md5": md5(path / name), "relpath": name} for name in names])
+    return hashlib.md5(listed.encode(), usedforsecurity=False).hexdigest() + ".dir"
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it takes the name of ``path`` only if the block succeeds."""

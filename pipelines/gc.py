@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Literal
 from pipelines import approval, cache, embedded, places, refs, registry, timeline, workspace
 from pipelines.dagruns import ACTIVE, PAGE, Airflow
 from pipelines.errors import BallastError, TryAgain, exit_with
+from pipelines.files import md5
 from pipelines.state import State, moves
 from pipelines.workspace import git, lock_file, name_of
 
@@ -104,7 +106,7 @@ def tidy() -> None:
         if runs.ended is None:
             return
         for waste in _workspaces(runs, spaces, *workspace.retention()):
-            with suppress(FileNotFoundError, BlockingIOError), lock_file(waste.paths[-1]).open() as file:
+            with suppress(FileNotFoundError, BlockingIOError), lock_file(waste.paths[0]).open() as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a step that comes now is told: workspace.owned
                 _remove(waste)
 
@@ -116,6 +118,7 @@ def _remove(waste: Waste) -> None:
         refs.move(places.ROOT, {ref: (commit, None) for ref, commit in waste.refs.items()})
     for path in waste.paths:
         if path.is_dir():
+            _remove_beside(path)
             gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.old")
             if gone != path:
                 shutil.rmtree(gone, ignore_errors=True)
@@ -123,6 +126,17 @@ def _remove(waste: Waste) -> None:
             shutil.rmtree(gone)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove_beside(space: Path) -> None:
+    """Remove what DVC keeps of a workspace outside of it: a database of the sizes and times that it has seen."""
+    from dvc.exceptions import DvcException
+
+    if (space / ".dvc" / "tmp" / "btime").exists():  # DVC has been there
+        with suppress(DvcException, BallastError, OSError, sqlite3.Error):
+            with cache.opened(space) as repo:
+                folder = repo.site_cache_dir
+            shutil.rmtree(folder)
 
 
 # --- workspaces
@@ -139,17 +153,7 @@ def _workspaces(runs: Runs, spaces: Mapping[str, Path], keep: int, days: int) ->
         yield Waste("workspace", f"{left.parent.name}/{left.name}", "left behind by a kill", _size(left), [left])
     idle = {name: (time.time() - _touched(space)) / DAY_S for name, space in spaces.items() if not _is_held(space)}
     for name, why in runs.over(idle, keep, days):
-        paths = [*_beside(spaces[name]), spaces[name]]
-        yield Waste("workspace", name, why, sum(map(_size, paths)), paths)
-
-
-def _beside(space: Path) -> Iterator[Path]:
-    """What DVC keeps of a workspace outside of it: a database of the sizes and times that it has seen."""
-    from dvc.exceptions import DvcException
-
-    if (space / ".dvc" / "tmp" / "btime").exists():  # DVC has been there
-        with suppress(DvcException, BallastError), cache.opened(space) as repo:
-            yield Path(repo.site_cache_dir)
+        yield Waste("workspace", name, why, _size(spaces[name]), [spaces[name]])
 
 
 def _refs(runs: Runs, states: Mapping[str, tuple[str, float]], keep: int, days: int) -> Iterator[Waste]:
@@ -271,6 +275,8 @@ def _data(gone: set[Path], without: set[int | None], days: int) -> list[Waste]:
         for path in objects.glob("[0-9a-f][0-9a-f]/*")
         if path.parent.name + path.name not in needed and path.stat().st_mtime < born_before
     ]
+    damaged = cache.set_aside(objects).glob("*.dir")
+    idle += [path for path in damaged if (objects / path.name[:2] / path.name[2:]).exists()]  # it was made anew
     # Lists of files first: one that is still there promises its files.
     idle.sort(key=lambda path: (path.suffix != ".dir", path))
     size = sum(path.stat().st_size for path in idle)
@@ -283,18 +289,16 @@ def _needed(objects: Path, gone: set[Path], without: set[int | None]) -> set[str
     texts = [path.read_bytes() for path in _locks() if not gone & set(path.parents)]
     texts += [kept for one in registry.versions() if one.number not in without and (kept := _kept(one))]
     texts += list(_committed())
-    found = {md5.decode() for text in texts for md5 in MD5.findall(text)}
+    found = {name.decode() for text in texts for name in MD5.findall(text)}
     for folder in [name for name in found if name.endswith(".dir")]:
-        listed = objects / folder[:2] / folder[2:]
-        try:
+        listed, damaged = objects / folder[:2] / folder[2:], cache.set_aside(objects) / folder
+        if listed.exists() and md5(listed) == folder.removesuffix(".dir"):
             found |= {entry["md5"] for entry in json.loads(listed.read_bytes())}
-        except FileNotFoundError:
-            pass
-        except ValueError:
+        elif left := [path for path in (listed, damaged) if path.exists()]:
             raise BallastError(
-                f"{listed} is damaged: which files are needed cannot be told, so nothing is removed. "
-                "`dvc pull` after deleting it, or a new run of its stage, brings it back."
-            ) from None
+                f"{left[0]} is damaged: which files are needed cannot be told, so nothing is removed. A new run of the "
+                "stage that made it makes it anew. (Is its data of no use any more? Delete it.)"
+            )
     return found
 
 

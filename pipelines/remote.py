@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pipelines import cache
 from pipelines.errors import BallastError, TryAgain
+from pipelines.files import md5
 from pipelines.places import travels
 from pipelines.workspace import run_cache_alone
 
@@ -118,8 +120,10 @@ class Remote:
         fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
         names = {fs.name(path): path for path in fs.find(fs.join(self._remote.path, "runs", folder))}
         with run_cache_alone(self._repo.stage_cache.cache_dir):
+            cache.drop_torn_entries(here)
             lacking = {here / name: path for name, path in names.items() if not (here / name).exists()}
             self._copy({path: there for path, there in lacking.items() if ENTRY.fullmatch(path.name)})
+            cache.drop_torn_entries(here)
             entry = self._repo.stage_cache._load(stage)
         if entry:
             with suppress(FileNotFoundError):  # the data is gone from the remote: the stage is run
@@ -145,8 +149,11 @@ class Remote:
     # --- single files
 
     def send_files(self, files: Mapping[str, Path]) -> None:
-        """Send files, by the MD5 of their bytes, that the remote lacks."""
+        """Send files, by the MD5 of their bytes, that the remote lacks; raise BallastError if one is damaged."""
         if lacking := sorted(set(files) - set(self._odb.oids_exist(list(files)) if files else ())):
+            for one in lacking:
+                if md5(files[one]) != one.removesuffix(".dir"):
+                    raise BallastError(f"{files[one]} is damaged. Delete it, and clear the task that made it.")
             self._odb.add([str(files[one]) for one in lacking], self._local, lacking, check_exists=False)
 
     def bring_files(self, files: Mapping[Path, str]) -> None:
@@ -178,7 +185,14 @@ class Remote:
             if folder and not Path(folder).is_dir():
                 raise NotADirectoryError("there is no such folder. Make it, or mount it")
             yield
-        except (BallastError, ArithmeticError, AttributeError, LookupError, TypeError):  # not of a remote
+        except (
+            BallastError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            sqlite3.Error,
+        ):  # not of a remote
             raise
         except Exception as error:
             where = self._remote.fs.unstrip_protocol(self._remote.path)

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipelines import cache, container, travel
 from pipelines.errors import BallastError, TryAgain, exit_with
-from pipelines.files import md5, read_json
+from pipelines.files import dvc_md5, read_json
 from pipelines.places import ROOT, landing, state_uri, tracking_uri, travels, var
 from pipelines.processes import die_with_parent
-from pipelines.workspace import Workspace, broken_seal, check_seal, note_step, owned, run_cache_alone, seal, using
+from pipelines.workspace import SEAL, Workspace, broken_seal, check_seal, note_step, owned, run_cache_alone, seal, using
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -57,7 +57,7 @@ def run(step: str, workspace: Workspace, arguments: list[str], env: dict[str, st
             cached = _run_stage(step, workspace.root, env, lock)
         else:
             if not travels():  # what is brought is whole, and all else may be of an earlier try
-                _check_outs(workspace.root)
+                _check_read(workspace.root, step)
                 if step == "register":  # the data first, then the version that names it
                     travel.push(workspace.root)
             shutil.rmtree(workspace.root / "data" / step, ignore_errors=True)
@@ -104,49 +104,34 @@ def _run_stage(name: str, root: Path, env: dict[str, str], lock: int) -> bool:
             for line in stage.cmd if isinstance(stage.cmd, list) else [stage.cmd]:
                 _run_line(name, line, root, env, lock)
         if not unchanged:
-            _record(repo, stage, root)
+            _record(repo, stage, root, cached)
     return cached
 
 
 def _restore(repo: Repo, stage: PipelineStage) -> bool:
-    """Take the stage's outs from the run cache, if all come out as they went in: DVC itself does not look.
-
-    What a killed run left of them must not be in the way.
-    """
+    """Take the stage's outs from the cache. What a killed run left of them must not be in the way."""
     from dvc.stage.cache import RunCacheNotFoundError
 
     stage.remove_outs(ignore_remove=False)
     try:
         with run_cache_alone(repo.stage_cache.cache_dir):
-            cache.drop_torn_entries(repo.stage_cache, stage)
+            cache.distrust(repo, stage)
             repo.stage_cache.restore(stage)
     except RunCacheNotFoundError:
         return False
-    if all(out.exists for out in stage.outs) and _whole_in_cache(repo, stage):
-        return True
-    print(f"what the cache has of {stage.name} is damaged: it runs again", flush=True)
-    stage.remove_outs(ignore_remove=False)
-    return False
+    return True
 
 
-def _whole_in_cache(repo: Repo, stage: PipelineStage) -> bool:
-    """Whether the cache has what a stage's outs consist of, and whole; what is damaged is removed.
-
-    DVC does not hash what it has laid out itself: a file is what the object was that it is a copy of.
-    """
-    stage.save(run_cache=False)
-    wanted = cache.objects(out.obj for out in stage.outs)
-    return cache.whole(repo.cache.local, wanted) == wanted
-
-
-def _record(repo: Repo, stage: PipelineStage, root: Path) -> None:
+def _record(repo: Repo, stage: PipelineStage, root: Path, cached: bool) -> None:
     """What ``dvc commit`` does. DVC writes dvc.lock in place: a copy guards it meanwhile."""
     lock_file, guard = root / "dvc.lock", root / ".dvc" / "tmp" / "dvc.lock.before"
     part = guard.with_suffix(".part")
     part.write_bytes(lock_file.read_bytes() if lock_file.exists() else b"")
     part.replace(guard)
     with repo.lock:
-        _whole_in_cache(repo, stage)  # a damaged object of equal outs would stay
+        stage.save(run_cache=False)
+        if not cached:  # what the cache has damaged of an equal out would stay
+            cache.whole(repo.cache.local, cache.objects(out.obj for out in stage.outs))
         stage.commit()
         with run_cache_alone(repo.stage_cache.cache_dir):
             repo.stage_cache.save(stage)
@@ -165,10 +150,11 @@ def _heal(root: Path) -> None:
     (root / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
     guard, lock = root / ".dvc" / "tmp" / "dvc.lock.before", root / "dvc.lock"
     if guard.exists():
-        if broken_seal(root) == lock:
-            guard.replace(lock)
-            if not lock.stat().st_size:  # there was none
-                lock.unlink()
+        if not (root / SEAL).exists() or broken_seal(root) == lock:
+            if guard.stat().st_size:
+                guard.replace(lock)
+            else:  # there was none
+                lock.unlink(missing_ok=True)
         guard.unlink(missing_ok=True)
 
 
@@ -179,8 +165,7 @@ def _made(root: Path) -> Iterator[tuple[Path, str, str]]:
     lock = root / "dvc.lock"
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     for name, stage in stages.items():
-        for out in stage.get("outs", ()):
-            yield root / out["path"], name, out.get("md5", "")
+        yield from ((root / out["path"], name, out["md5"]) for out in stage.get("outs", ()) if "md5" in out)
 
 
 def _check_inputs(root: Path, stage: PipelineStage) -> None:
@@ -191,10 +176,10 @@ def _check_inputs(root: Path, stage: PipelineStage) -> None:
             raise _changed(path, name)
 
 
-def _check_outs(root: Path) -> None:
-    """Raise BallastError where a file that a stage left is no longer as dvc.lock has it; folders check themselves."""
+def _check_read(root: Path, step: str) -> None:
+    """Raise BallastError where what a step reads that is no stage is not as the stage that made it left it."""
     for path, name, md5_of_it in _made(root):
-        if path.is_file() and md5(path) != md5_of_it:
+        if name in travel.READS[step] and path.exists() and dvc_md5(path) != md5_of_it:
             raise _changed(path, name)
 
 

@@ -171,12 +171,14 @@ def _leave(step: str, space: Workspace, index: Index) -> None:
             shared.send(step, root, index, remote)
         if step in KEPT:
             remote.add(f"data/{step}", f"{step}.dvc")
+        stage = remote.stages.get(step)
+        if stage or step in KEPT:
+            remote.send(_made_by(step, remote))  # also what was made before, and has been lost there
+        if stage:
+            remote.send_cached(stage)
         tree, before = _tree(root, space.commit), git(root, "rev-parse", state)
         if tree == git(root, "rev-parse", f"{state}^{{tree}}"):
             return
-        remote.send(_made_by(step, remote))
-        if stage := remote.stages.get(step):
-            remote.send_cached(stage)
     if not refs.move(root, {state: (before, refs.commit(root, tree, f"After {step}", space.commit))}):
         raise TryAgain(f"Another worker has moved this run on while {step} ran here. Try again, from what it left.")
 

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipelines import files
-from pipelines.files import canonical_json, read_json, sha256, whole_file, whole_folder, write_json
+from pipelines.files import Missing, canonical_json, dvc_md5, read_json, sha256, whole_file, whole_folder, write_json
 
 
 def test_sha256_is_of_the_files_bytes(tmp_path: Path) -> None:
@@ -124,3 +125,22 @@ def test_write_json_read_json_round_trip(tmp_path: Path) -> None:
     assert read_json(tmp_path / "sub" / "a.json") == value
     assert list(read_json(tmp_path / "sub" / "a.json")) == ["z", "a"]
     assert (tmp_path / "sub" / "a.json").read_text().endswith("}\n")
+
+
+def test_read_json_of_a_file_that_is_not_there_names_it(tmp_path: Path) -> None:
+    with pytest.raises(Missing, match=r"result.json is not there. Run the step that writes it."):
+        read_json(tmp_path / "result.json")
+
+
+def test_dvc_md5_is_what_dvc_says_of_a_file_and_of_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    for name in ("b/ä 1.txt", "b/a.txt", "a.txt", "b-a.txt", "B.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=tmp_path, check=True)
+    (tmp_path / "one.txt").write_text("one")
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "tables", "one.txt"], cwd=tmp_path, check=True)
+    for path in (folder, tmp_path / "one.txt"):
+        [out] = yaml.safe_load(Path(f"{path}.dvc").read_text())["outs"]
+        assert dvc_md5(path) == out["md5"]

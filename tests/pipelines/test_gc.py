@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from conftest import Project
 
-from pipelines import embedded, gc, places, promote, refs, registry, workspace
+from pipelines import cache, embedded, gc, places, promote, refs, registry, workspace
 from pipelines.dagruns import PAGE, Airflow, Refused
 from pipelines.errors import BallastError, TryAgain
 from pipelines.state import State
@@ -286,16 +286,25 @@ def test_collect_data_leaves_what_anything_names(site: Site, monkeypatch: pytest
     assert [site.has(name) for name in (idle, idle_folder, hashlib.md5(b"z").hexdigest())] == [False] * 3
 
 
-def test_collect_where_the_list_of_a_folder_is_damaged_removes_nothing(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("found", ["by gc", "by a step"])
+def test_collect_where_the_list_of_a_folder_is_damaged_removes_nothing_until_it_is_made_anew(
+    site: Site, monkeypatch: pytest.MonkeyPatch, found: str
 ) -> None:
     known(monkeypatch)
     folder, stray = site.folder("a", "b"), site.object("stray")
     (site.root / "dvc.lock").write_text(lock(folder))
-    (site.cache / folder[:2] / folder[2:]).write_text('[{"md5": "12')
+    listed = site.cache / folder[:2] / folder[2:]
+    listed.write_text('[{"md5": "12')
+    if found == "by a step":
+        assert cache.lacking(site.root, [folder]) == {folder}
+        assert not listed.exists()
     with pytest.raises(BallastError, match="is damaged: which files are needed cannot be told"):
         gc.collect(2, 14, 2)
     assert site.has(stray)
+    site.folder("a", "b")
+    collect()
+    assert (site.has(stray), site.has(hashlib.md5(b"a").hexdigest())) == (False, True)
+    assert not list(cache.set_aside(site.cache).glob("*"))
 
 
 def test_plan_touches_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, ballast: Any) -> None:

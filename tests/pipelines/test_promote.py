@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from pathlib import Path
 
 import pytest
 from conftest import Project
@@ -400,3 +401,33 @@ def test_decision_of_another_state_store_is_not_promoted(project: Project) -> No
         promote(version, made, other)
     other.remember(Decision(made, version, "promote", "", "2013-03-02", ""))
     assert promote(version, made, other)["moved"] is True
+
+
+def test_ledger_or_registry_that_is_not_the_others_is_refused(
+    served: Project, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    champion.refuse_strangers(State())
+    with pytest.raises(BallastError, match="says that late v3 is the champion, and the ledger knows of none"):
+        champion.refuse_strangers(State(f"sqlite:///{tmp_path}/emptied.db"))
+    registry_of_ours = registry.versions()
+    monkeypatch.setattr(registry, "versions", lambda: registry_of_ours[:2])
+    with pytest.raises(BallastError, match="says that late v3 is the champion, and the registry has no such version"):
+        champion.refuse_strangers(State())
+
+
+def test_ledger_that_moves_while_it_is_looked_at_is_no_stranger(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first champion of all comes between two looks."""
+    version, whole = project.bare_version("a"), registry.aliases
+    record = project.decided(version, "a")
+
+    def aliases() -> dict[str, int]:
+        before = whole()
+        monkeypatch.setattr(registry, "aliases", whole)
+        promote(version, record, State())
+        return before
+
+    monkeypatch.setattr(registry, "aliases", aliases)
+    champion.refuse_strangers(State())
+    assert State().champion() == version

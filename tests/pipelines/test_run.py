@@ -19,7 +19,7 @@ import yaml
 
 from pipelines import container
 from pipelines import run as runner
-from pipelines.workspace import ensure, name_of, run_cache_alone
+from pipelines.workspace import SEAL, ensure, name_of, run_cache_alone
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGE = """
@@ -384,6 +384,17 @@ def test_run_after_a_commit_that_was_killed_at_its_end_keeps_the_lock_file(proje
     result_of(project.run("train"))
     assert {"land", "train"} == set(yaml.safe_load(lock.read_text())["stages"])
     assert not guard.exists()
+
+
+def test_run_after_a_killed_commit_without_a_seal_restores_the_lock_file(project: Project) -> None:
+    result_of(project.run("land"))
+    root = project.workspace()
+    whole = (root / "dvc.lock").read_text()
+    (root / ".dvc" / "tmp" / "dvc.lock.before").write_text(whole)
+    (root / "dvc.lock").write_text(whole[: len(whole) // 2])
+    (root / SEAL).unlink()
+    result_of(project.run("train"))
+    assert (root / "dvc.lock").read_text().startswith(whole.rstrip())
 
 
 def test_run_after_a_killed_commit_whose_guard_is_damaged_too_is_refused(project: Project) -> None:

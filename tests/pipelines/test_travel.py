@@ -462,6 +462,50 @@ def test_stage_of_the_same_inputs_in_another_run_on_another_machine_comes_from_t
     assert found == [False, True, False], "what the run cache speaks of is gone: the stage is run again"
 
 
+def tear(path: Path) -> None:
+    path.chmod(0o644)
+    os.truncate(path, path.stat().st_size // 3)
+    path.chmod(0o444)
+
+
+@pytest.mark.parametrize("where", ["here", "in the remote"])
+def test_run_cache_that_is_damaged_is_not_believed(site: Site, where: str) -> None:
+    one, other = site.machine("a"), site.machine("b")
+    for step in ("land", "ingest"):
+        one.run(step, "r1")
+    home = one.root / ".dvc" / "cache" if where == "here" else site.dvc_remote
+    for entry in [path for path in home.glob("runs/*/*/*") if path.is_file()]:
+        tear(entry)
+    machine = one if where == "here" else other
+    machine.run("land", "r2")
+    assert machine.run("ingest", "r2")["cached"] is (where == "here"), "here the remote has it whole"
+    assert names_only_what_is_there(site)
+
+
+def test_damaged_object_of_the_remote_is_named_and_sent_again_once_it_is_deleted(site: Site) -> None:
+    one, other = site.machine("a"), site.machine("b")
+    for step in ("land", "ingest"):
+        one.run(step)
+    stages = yaml.safe_load(one.left("r1", "dvc.lock")["dvc.lock"])["stages"]
+    listed = site.object(next(out["md5"] for out in stages["ingest"]["outs"] if out["md5"].endswith(".dir")))
+    torn = site.object(json.loads(listed.read_text())[0]["md5"])
+    tear(torn)
+    with pytest.raises(TryAgain, match=f"{torn} holds other bytes than its name says. Delete it there"):
+        other.run("validate")
+    torn.unlink()
+    one.run("ingest")
+    assert other.run("validate")["cached"] is False
+
+
+def test_damaged_object_of_the_cache_is_not_sent(site: Site) -> None:
+    machine = site.machine("a")
+    file = machine.root / "one.txt"
+    file.write_text("half")
+    with machine.here(), Remote.of(machine.root) as remote, pytest.raises(BallastError, match="is damaged"):
+        remote.send_files({"0" * 32: file})
+    assert not site.object("0" * 32).exists()
+
+
 @pytest.mark.parametrize("away", ["git_remote", "dvc_remote"])
 def test_remote_that_is_away_asks_to_try_again_and_leaves_nothing_half(
     site: Site, away: str, expected: Callable[..., dict[str, str]]
