@@ -1,4 +1,4 @@
-"""DVC's cache, as it is believed here: an object is what its name says, and so is an entry of the run cache.
+"""DVC's cache, as it is believed here: an object is what its name says, and an entry of the run cache is whole.
 
 DVC itself believes every object that is write-protected, and every entry that can be read.
 """
@@ -6,6 +6,7 @@ DVC itself believes every object that is write-protected, and every entry that c
 from __future__ import annotations
 
 import re
+import shutil
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from dvc_data.hashfile.db import HashFileDB
     from dvc_data.hashfile.hash_info import HashInfo
     from dvc_data.hashfile.obj import HashFile
+
+MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
 @contextmanager
@@ -101,6 +104,15 @@ def _kept(odb: HashFileDB, made: Sequence[HashInfo]) -> list[HashFile]:
     return [Tree.load(odb, one) if one.value in lists else odb.get(str(one.value)) for one in made]
 
 
+def dvc_hash(root: Path, path: Path) -> str:
+    """DVC's hash of a file or folder of a workspace, without what .dvcignore names."""
+    from dvc_data.hashfile.build import build
+
+    with opened(root) as repo:
+        _, _, found = build(repo.cache.local, str(path), repo.fs, "md5", ignore=repo.dvcignore, dry_run=True)
+        return str(found.hash_info.value)
+
+
 def lacking(root: Path, hashes: Collection[str]) -> set[str]:
     """What the cache of a workspace lacks of files and folders; what it has damaged is removed, and lacks then."""
     from dvc_data.hashfile.hash_info import HashInfo
@@ -111,38 +123,43 @@ def lacking(root: Path, hashes: Collection[str]) -> set[str]:
         return wanted - whole(odb, wanted)
 
 
-def distrust(repo: Repo, stage: PipelineStage) -> None:
-    """Remove what is damaged of all that DVC would restore of a stage, and it restores nothing in its place."""
+def promised(repo: Repo, stage: PipelineStage) -> set[str]:
+    """The objects that DVC would restore a stage from: by dvc.lock, or by the run cache, torn entries of which go."""
     from dvc.stage.cache import _can_hash, _get_stage_hash
 
-    if not _can_hash(now := _with_inputs(stage)):
-        return
-    runs = repo.stage_cache
-    drop_torn_entries(Path(runs._get_cache_dir(_get_stage_hash(now))))
-    outs = stage.outs
-    if stage.changed_stage() or not stage.deps_cached() or not all(out.hash_info for out in outs):  # by dvc.lock
-        outs = runs._create_stage(entry).outs if (entry := runs._load(now)) else []
-    odb = repo.cache.local
-    whole(odb, objects(_kept(odb, [out.hash_info for out in outs if out.hash_info])))
-
-
-def _with_inputs(stage: PipelineStage) -> PipelineStage:
-    """A stage with its inputs as they lie here; the one that was given goes on knowing them as dvc.lock has them."""
-    now = copy(stage)
+    now = copy(stage)  # with its inputs as they lie here; the stage goes on knowing them as dvc.lock has them
     now.deps = [copy(dep) for dep in stage.deps]
     now.save_deps()
-    return now
+    if not _can_hash(now):
+        return set()
+    runs, outs = repo.stage_cache, stage.outs
+    drop_torn_entries(Path(runs._get_cache_dir(_get_stage_hash(now))), stage)
+    if stage.changed_stage() or not stage.deps_cached() or not all(out.hash_info for out in outs):
+        outs = runs._create_stage(entry).outs if (entry := runs._load(now)) else []
+    return objects(_kept(repo.cache.local, [out.hash_info for out in outs if out.hash_info]))
 
 
-def drop_torn_entries(folder: Path) -> None:
-    """Remove what the run cache has in a folder that is not what its name says."""
-    from dvc.stage.cache import _get_cache_hash
-    from dvc.utils.serialize import YAMLFileCorruptedError, load_yaml
+def drop_torn_entries(folder: Path, stage: PipelineStage) -> None:
+    """Remove what the run cache has of a stage in a folder that does not say of each out what it was."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.serialize import load_yaml
 
+    outs = {out.def_path for out in stage.outs}
     for file in folder.glob("*"):
-        with suppress(YAMLFileCorruptedError, AttributeError, TypeError):
-            if _get_cache_hash(load_yaml(file)) == file.name:
+        with suppress(DvcException, ValueError, LookupError, TypeError, AttributeError):
+            if {out["path"] for out in load_yaml(file)["outs"] if MD5.fullmatch(out["md5"])} == outs:
                 continue
         file.unlink(missing_ok=True)
     with suppress(OSError):  # not there, or not empty; DVC cannot do with an empty one
         folder.rmdir()
+
+
+def forget(root: Path) -> None:
+    """Remove what DVC keeps of a workspace outside of it: a database of the sizes and times that it has seen."""
+    from dvc.exceptions import DvcException
+
+    if (root / ".dvc" / "tmp" / "btime").exists():  # DVC has been there
+        with suppress(DvcException, BallastError, OSError, sqlite3.Error):
+            with opened(root) as repo:
+                folder = repo.site_cache_dir
+            shutil.rmtree(folder)

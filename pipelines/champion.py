@@ -35,13 +35,12 @@ def refuse_strangers(state: State) -> None:
             "not this registry's. Put the state store back from a backup, or name the right one by BALLAST_STATE_URI. "
             f"(Lost for good? `ballast promote {said} --force --reason TEXT` begins a new one.)"
         )
-    there = {version.number for version in registry.versions()}
-    if standing and standing[-1] not in there:
+    if standing and standing[-1] not in (there := {version.number for version in registry.versions()}):
+        anew = "`ballast promote VERSION --force --reason TEXT`" if there else "a new ledger, by BALLAST_STATE_URI"
         raise BallastError(
             f"The ledger says that {model} v{standing[-1]} is the champion, and the registry has no such version: it "
             "was lost, or is not this ledger's. Put MLflow's database back from a backup, or name the right one by "
-            "MLFLOW_TRACKING_URI. (Deleted on purpose? Name another champion: `ballast rollback`, or "
-            "`ballast promote VERSION --force`.)"
+            f"MLFLOW_TRACKING_URI. (Lost for good? Begin anew: {anew}.)"
         )
 
 

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -118,7 +117,7 @@ def _remove(waste: Waste) -> None:
         refs.move(places.ROOT, {ref: (commit, None) for ref, commit in waste.refs.items()})
     for path in waste.paths:
         if path.is_dir():
-            _remove_beside(path)
+            cache.forget(path)
             gone = path if path.name.startswith(".") else path.with_name(f".{path.name}.old")
             if gone != path:
                 shutil.rmtree(gone, ignore_errors=True)
@@ -126,17 +125,6 @@ def _remove(waste: Waste) -> None:
             shutil.rmtree(gone)
         else:
             path.unlink(missing_ok=True)
-
-
-def _remove_beside(space: Path) -> None:
-    """Remove what DVC keeps of a workspace outside of it: a database of the sizes and times that it has seen."""
-    from dvc.exceptions import DvcException
-
-    if (space / ".dvc" / "tmp" / "btime").exists():  # DVC has been there
-        with suppress(DvcException, BallastError, OSError, sqlite3.Error):
-            with cache.opened(space) as repo:
-                folder = repo.site_cache_dir
-            shutil.rmtree(folder)
 
 
 # --- workspaces
@@ -275,8 +263,7 @@ def _data(gone: set[Path], without: set[int | None], days: int) -> list[Waste]:
         for path in objects.glob("[0-9a-f][0-9a-f]/*")
         if path.parent.name + path.name not in needed and path.stat().st_mtime < born_before
     ]
-    damaged = cache.set_aside(objects).glob("*.dir")
-    idle += [path for path in damaged if (objects / path.name[:2] / path.name[2:]).exists()]  # it was made anew
+    idle += cache.set_aside(objects).glob("*.dir")  # made anew, or needed by nobody
     # Lists of files first: one that is still there promises its files.
     idle.sort(key=lambda path: (path.suffix != ".dir", path))
     size = sum(path.stat().st_size for path in idle)

@@ -120,10 +120,10 @@ class Remote:
         fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
         names = {fs.name(path): path for path in fs.find(fs.join(self._remote.path, "runs", folder))}
         with run_cache_alone(self._repo.stage_cache.cache_dir):
-            cache.drop_torn_entries(here)
+            cache.drop_torn_entries(here, stage)
             lacking = {here / name: path for name, path in names.items() if not (here / name).exists()}
             self._copy({path: there for path, there in lacking.items() if ENTRY.fullmatch(path.name)})
-            cache.drop_torn_entries(here)
+            cache.drop_torn_entries(here, stage)
             entry = self._repo.stage_cache._load(stage)
         if entry:
             with suppress(FileNotFoundError):  # the data is gone from the remote: the stage is run
@@ -134,7 +134,7 @@ class Remote:
         if folder := self._runs(stage):
             fs, here = self._remote.fs, Path(self._repo.stage_cache.cache_dir, folder)
             with run_cache_alone(self._repo.stage_cache.cache_dir):
-                known = [path for path in here.iterdir() if ENTRY.fullmatch(path.name)]
+                known = [path for path in here.glob("*") if ENTRY.fullmatch(path.name)]
             self._put({path: fs.join(self._remote.path, "runs", folder, path.name) for path in known})
 
     def _runs(self, stage: PipelineStage) -> str | None:
@@ -169,7 +169,8 @@ class Remote:
     def _put(self, files: Mapping[Path, str]) -> None:
         from dvc_objects.fs.generic import copy
 
-        copy(self._local, [str(path) for path in files], self._remote.fs, list(files.values()))
+        if files:
+            copy(self._local, [str(path) for path in files], self._remote.fs, list(files.values()))
 
     @property
     def _local(self) -> Any:

@@ -2,7 +2,8 @@
 
 The code is the recorded commit in a clone of its own, the data what the recorded dvc.lock names by hash. The stages
 that make the model are run by their commands: the run cache is neither asked nor filled, training logs to a store that
-is thrown away, and nothing outside a folder under ``var/`` is written but data that the DVC cache lacked.
+is thrown away, and nothing outside a folder under ``var/`` is written but data that the DVC cache lacked, or had
+damaged.
 """
 
 from __future__ import annotations
@@ -170,6 +171,7 @@ def _scratch() -> Iterator[Path]:
         shutil.rmtree(root, ignore_errors=True)
         yield root
     finally:
+        cache.forget(root)
         shutil.rmtree(root, ignore_errors=True)
         os.close(held)
 

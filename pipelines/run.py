@@ -113,9 +113,11 @@ def _restore(repo: Repo, stage: PipelineStage) -> bool:
     from dvc.stage.cache import RunCacheNotFoundError
 
     stage.remove_outs(ignore_remove=False)
+    with run_cache_alone(repo.stage_cache.cache_dir):
+        promised = cache.promised(repo, stage)
+    cache.whole(repo.cache.local, promised)  # DVC takes nothing in the place of what is removed
     try:
         with run_cache_alone(repo.stage_cache.cache_dir):
-            cache.distrust(repo, stage)
             repo.stage_cache.restore(stage)
     except RunCacheNotFoundError:
         return False
@@ -158,32 +160,43 @@ def _heal(root: Path) -> None:
         guard.unlink(missing_ok=True)
 
 
-def _made(root: Path) -> Iterator[tuple[Path, str, str]]:
-    """What the stages have left so far, by dvc.lock: each file or folder, its stage, and DVC's hash of it."""
+def _made(root: Path) -> dict[Path, dict[str, str]]:
+    """The files and folders that the stages have left, by dvc.lock: of each DVC's hash, and whose it is.
+
+    It may also have what a stage of another name, or an earlier one, has left there.
+    """
     import yaml
 
     lock = root / "dvc.lock"
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    found: dict[Path, dict[str, str]] = {}
     for name, stage in stages.items():
-        yield from ((root / out["path"], name, out["md5"]) for out in stage.get("outs", ()) if "md5" in out)
+        for out in stage.get("outs", ()):
+            if "md5" in out:
+                found.setdefault(root / out["path"], {})[out["md5"]] = name
+    return found
 
 
 def _check_inputs(root: Path, stage: PipelineStage) -> None:
     """Raise BallastError where an input of a stage is no longer as the stage that makes it left it."""
-    deps = {root / dep.def_path: dep for dep in stage.deps}
-    for path, name, md5_of_it in _made(root):
-        if path in deps and path.exists() and deps[path].get_hash().value != md5_of_it:
-            raise _changed(path, name)
+    made = _made(root)
+    for dep in stage.deps:
+        path = root / dep.def_path
+        if path in made and path.exists() and dep.get_hash().value not in made[path]:
+            raise _changed(path, made[path])
 
 
 def _check_read(root: Path, step: str) -> None:
     """Raise BallastError where what a step reads that is no stage is not as the stage that made it left it."""
-    for path, name, md5_of_it in _made(root):
-        if name in travel.READS[step] and path.exists() and dvc_md5(path) != md5_of_it:
-            raise _changed(path, name)
+    for path, hashes in _made(root).items():
+        read = path.exists() and not {*hashes.values()}.isdisjoint(travel.READS[step])
+        # The first takes less time than to import DVC, which may ignore a file that it counts.
+        if read and dvc_md5(path) not in hashes and cache.dvc_hash(root, path) not in hashes:
+            raise _changed(path, hashes)
 
 
-def _changed(path: Path, stage: str) -> BallastError:
+def _changed(path: Path, hashes: dict[str, str]) -> BallastError:
+    [*_, stage] = hashes.values()
     return BallastError(
         f"{path} is not as `{stage}` left it: cut short, or changed by hand. Clear `{stage}` and what comes after it: "
         "it comes back from the cache."

@@ -23,7 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import places, refs, shared, workspace
+from pipelines import cache, places, refs, shared, workspace
 from pipelines.errors import BallastError, TryAgain
 from pipelines.files import locked, whole_folder
 from pipelines.refs import SHARED, STATES
@@ -143,6 +143,7 @@ def _arrive(step: str, space: Workspace) -> Index:
     root, (pin, state) = space.root, _refs(space.root)
     known = refs.there(pin, state, *([SHARED] if step in shared.STEPS else []))
     if known.get(pin) != space.commit or state not in known:
+        cache.forget(root)
         shutil.rmtree(root)
         raise TryAgain(f"The workspace {root} was of an earlier life of this run, and is removed. Try again.")
     for left in (*(root / ".git").rglob("*.lock"), *(root / ".dvc" / "tmp").glob("*.index.lock")):
@@ -203,6 +204,7 @@ def _take(root: Path, state: str) -> None:
     git(root, "restore", f"--source={state}", "--worktree", "--", *there)
     for name in (*(name for name in FILES if name not in there), ".dvc/tmp/dvc.lock.before", ".dvc/tmp/rwlock"):
         (root / name).unlink(missing_ok=True)
+    workspace.share_cache(places.ROOT, root)
     workspace.seal(root)
 
 

@@ -19,6 +19,8 @@ import yaml
 
 from pipelines import container
 from pipelines import run as runner
+from pipelines.errors import BallastError
+from pipelines.files import dvc_md5
 from pipelines.workspace import SEAL, ensure, name_of, run_cache_alone
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -425,6 +427,45 @@ def tear(file: Path) -> None:
     file.chmod(0o644)
     os.truncate(file, file.stat().st_size // 2)
     file.chmod(mode)
+
+
+def test_run_on_a_lock_that_knows_a_stage_by_another_name_is_well(project: Project) -> None:
+    """DVC keeps in dvc.lock what is no longer in dvc.yaml."""
+    result_of(project.run("land"))
+    lock = yaml.safe_load((project.workspace() / "dvc.lock").read_text())
+    lock["stages"]["fetch"] = lock["stages"].pop("land")
+    lock["stages"]["fetch"]["outs"][0]["md5"] = "0" * 32
+    (project.root / "dvc.lock").write_text(json.dumps(lock))
+    project.git("add", "-f", "dvc.lock")
+    project.git("commit", "-qm", "a lock")
+    for step in ("land", "train"):
+        result_of(project.run(step, "r2"))
+    assert "fetch" in (project.workspace("r2") / "dvc.lock").read_text()
+
+
+def test_run_is_cached_whatever_the_command_looks_like_in_yaml(project: Project) -> None:
+    """What YAML folds does not come back as it was."""
+    dvc_yaml = project.root / "dvc.yaml"
+    stages = json.loads(dvc_yaml.read_text())
+    stages["stages"]["land"]["cmd"] = "python   stage.py   land   0   0" + "   --some-word   of-some-length" * 6
+    dvc_yaml.write_text(json.dumps(stages))
+    project.git("commit", "-qam", "long")
+    assert [result_of(project.run("land", run))["cached"] for run in ("r1", "r2", "r3")] == [False, True, True]
+
+
+def test_folder_is_as_it_was_left_whatever_dvc_ignores_in_it(project: Project) -> None:
+    (project.root / ".dvcignore").write_text("*.part\n")
+    tables = project.root / "data" / "ingest" / "tables"
+    tables.mkdir(parents=True)
+    (tables / "a.csv").write_text("a")
+    left = {"path": "data/ingest/tables", "md5": dvc_md5(tables)}
+    (project.root / "dvc.lock").write_text(json.dumps({"stages": {"ingest": {"outs": [left]}}}))
+    (tables / "b.part").write_text("half")
+    runner._check_read(project.root, "decide")
+    (tables / "a.csv").write_text("b")
+    runner._check_read(project.root, "promote")
+    with pytest.raises(BallastError, match="tables is not as `ingest` left it"):
+        runner._check_read(project.root, "decide")
 
 
 @pytest.mark.parametrize("kind", ["files/md5", "runs"])

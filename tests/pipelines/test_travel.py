@@ -497,6 +497,26 @@ def test_damaged_object_of_the_remote_is_named_and_sent_again_once_it_is_deleted
     assert other.run("validate")["cached"] is False
 
 
+def test_config_of_dvc_that_is_damaged_is_written_anew(site: Site) -> None:
+    machine = site.machine("a")
+    machine.run("land")
+    config = machine.space() / ".dvc" / "config.local"
+    whole = config.read_text()
+    config.write_text(whole[: whole.index("['remote")])
+    machine.run("ingest")
+    assert config.read_text() == whole
+    assert names_only_what_is_there(site)
+
+
+def test_run_cache_that_is_gone_everywhere_is_no_harm(site: Site) -> None:
+    machine = site.machine("a")
+    for step in ("land", "ingest"):
+        machine.run(step)
+    shutil.rmtree(machine.root / ".dvc" / "cache" / "runs")
+    shutil.rmtree(site.dvc_remote / "runs")
+    assert machine.run("ingest")["cached"] is True
+
+
 def test_damaged_object_of_the_cache_is_not_sent(site: Site) -> None:
     machine = site.machine("a")
     file = machine.root / "one.txt"
