@@ -241,21 +241,22 @@ def _take_data(number: int, stages: Mapping[str, Any], root: Path) -> dict[str, 
     made = {out["path"]: out["md5"] for name, entry in stages.items() if name not in STAGES for out in entry["outs"]}
     deps = {dep["path"]: dep["md5"] for name in STAGES for dep in stages[name]["deps"]}
     wanted = {path: md5 for path, md5 in deps.items() if path in made}
-    cache.lacking(root, wanted.values())  # what is damaged goes: DVC would believe it
-    failed = _dvc(root, "checkout", *wanted) and _dvc(root, "pull", *wanted)
-    if failed or not all((root / path).exists() for path in wanted) or cache.lacking(root, wanted.values()):
+    failed, tries = "", 2  # the damaged list of a folder hides which of its files are damaged
+    while (missing := cache.lacking(root, wanted.values())) and tries:
+        failed, tries = _dvc(root, "fetch", *wanted), tries - 1
+    if missing or (failed := _dvc(root, "checkout", "--force", *wanted)):
         listed = ", ".join(f"{path} ({md5})" for path, md5 in wanted.items())
         raise BallastError(
             f"The data of v{number} is in neither the DVC cache nor the remote, or is damaged in both: {listed}. "
-            f"DVC says: {failed.strip() or 'nothing'}. "
+            f"{f'DVC says: {failed.strip()} ' if failed else ''}"
             "Pull it into the cache where it still is (`dvc push` there, or copy .dvc/cache)."
         )
     return wanted
 
 
-def _dvc(root: Path, command: str, *targets: str) -> str:
+def _dvc(root: Path, *arguments: str) -> str:
     """Run DVC of this environment in the clone; return what it says if it fails, else nothing."""
-    words = [sys.executable, "-m", "dvc", command, "--force", *targets]
+    words = [sys.executable, "-m", "dvc", *arguments]
     done = subprocess.run(
         words, cwd=root, env=_environment(root), capture_output=True, text=True, check=False, preexec_fn=die_with_parent
     )

@@ -103,7 +103,7 @@ def test_reproduce_gives_every_bit_again_and_touches_nothing(tmp_path: Path) -> 
     shutil.rmtree(site.root / ".dvc" / "cache" / "files")
     shutil.rmtree(site.root / "var" / "dvc-remote")
     _, err = site.reproduce(code=1)
-    assert "The data of v1 is in neither the DVC cache nor the remote: data/ingest/tables (" in err
+    assert "The data of v1 is in neither the DVC cache nor the remote, or is damaged in both: data/ingest" in err
 
 
 def test_reproduce_of_a_champion_works_after_gc_where_only_its_record_names_the_data(tmp_path: Path) -> None:
