@@ -90,7 +90,7 @@ def test_bridge_answers_whatever_comes_and_nothing_comes_of_it_without_the_token
 
 @pytest.mark.e2e
 def test_bridge_answers_thousands_of_whatever_comes(running: Running) -> None:
-    fuzz_all(running, 500)
+    fuzz_all(running, 300)
 
 
 # --- ids
